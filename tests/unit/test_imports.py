@@ -209,3 +209,15 @@ def test_the_worker_needs_only_what_the_image_carries(tmp_path: Path) -> None:
     block = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)}))"
     code = f"{block}; import aiflux.worker.main, aiflux.worker.shard"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_threads_start_only_where_their_memory_is_checked() -> None:
+    """`Thread.start` waits forever without it (see `require_thread_memory`)."""
+    for path in MODULES:
+        names = {
+            getattr(node.func, "attr", getattr(node.func, "id", ""))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        }
+        if names & {"Thread", "Timer", "ThreadPoolExecutor"}:
+            assert "require_thread_memory" in names, path

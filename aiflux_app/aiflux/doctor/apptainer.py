@@ -30,6 +30,7 @@ from aiflux.image.sif import how_to_build, machine_arch, read_image
 from aiflux.image.signing import diagnose
 from aiflux.models.name import DEFAULT_HOST
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.util.process_limits import require_thread_memory
 
 _TIMEOUT = 60.0
 _HERE = "compute nodes may differ"
@@ -272,6 +273,7 @@ def _unsealed(why: str) -> Diagnosis:
 
 def registries() -> list[Diagnosis]:
     """Check whether this machine reaches the registries of models and images."""
+    require_thread_memory()
     with ThreadPoolExecutor(2) as pool:
         model = pool.submit(base.why_silent, DEFAULT_HOST)
         image = pool.submit(base.why_silent, base.parse(ENGINES["ollama"].image).api_host)

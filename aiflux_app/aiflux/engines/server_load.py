@@ -11,6 +11,7 @@ from typing import Any
 
 from aiflux.engines.http import Client, ExchangeError
 from aiflux.errors import StoppedError
+from aiflux.util.process_limits import start_thread
 
 MOST_SLOTS = 4096
 """As many requests in flight as `--concurrency` allows; a server that reports more is wrong."""
@@ -109,11 +110,10 @@ class LoadWatch:
         self._fetch = fetch
         self._note = note
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
 
     def start(self) -> None:
         """Start querying."""
-        self._thread.start()
+        start_thread(self._watch, "load-watch")
 
     def close(self) -> None:
         """Stop querying."""

@@ -78,9 +78,14 @@ class SubmissionQueue:
                 self._advance(batch, waiting)
             except (OSError, AifluxError) as error:
                 _log.error("batch %s is tried again later: %s", batch.id, error)
-                later = threading.Timer(_LATER, self.add, [batch])
-                later.daemon = True
-                later.start()
+                try:
+                    start_thread(partial(self._add_later, batch), f"later-{batch.id}")
+                except StoppedError:
+                    self._add_later(batch)
+
+    def _add_later(self, batch: BatchFiles) -> None:
+        time.sleep(_LATER)
+        self.add(batch)
 
     def _advance(self, batch: BatchFiles, waiting: queue.SimpleQueue[BatchFiles]) -> None:
         """Start or cancel a batch; wait for a place on this machine if it is to be started."""

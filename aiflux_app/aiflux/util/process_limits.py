@@ -10,6 +10,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from aiflux.errors import AifluxError, StoppedError
 from aiflux.util.text import context
@@ -20,6 +21,7 @@ SPARE_BYTES = 32 << 20
 """Bytes that all threads need after the last one was started."""
 THREAD_BYTES = 8 << 20
 _LAST_WORDS_BYTES = 4 << 20
+_M_ARENA_MAX = -8  # malloc.h
 _NO_FILES = {errno.EMFILE, errno.ENFILE}
 # Messages of the dynamic loader in an ImportError, which has no errno.
 _LOADER_NO_MEMORY = ("failed to map", "cannot allocate memory", "out of memory")
@@ -34,19 +36,53 @@ def start_thread(
     """Start a daemon thread and return it.
 
     Args:
-        spare: bytes of memory that must be free in addition to the thread's stack. Python waits
-            forever for a thread without memory to start.
+        spare: bytes of memory that must be free in addition to the thread's stack.
 
     Raises:
         StoppedError: no more threads are allowed.
     """
     thread = threading.Thread(target=target, name=name, daemon=True)
-    _reserve(_stack_bytes() + spare).close()
+    require_thread_memory(spare)
     try:
         thread.start()
     except (MemoryError, RuntimeError) as error:
         raise exhausted(error) or error from error
     return thread
+
+
+def require_thread_memory(spare: int = THREAD_BYTES) -> None:
+    """Check that a thread can be started now, also by a library.
+
+    Python waits forever for a thread that has no memory to start:
+    https://github.com/python/cpython/issues/140746
+
+    Raises:
+        StoppedError: too little memory is left.
+    """
+    _share_one_arena()
+    require_memory(_stack_bytes() + spare)
+
+
+@cache
+def _share_one_arena() -> None:
+    """Let all threads allocate from one arena if the address space is limited.
+
+    Otherwise glibc reserves 64 MiB for another thread's arena, maybe between the check of the
+    memory and the start of a thread: M_ARENA_MAX in mallopt(3).
+
+    Raises:
+        StoppedError: too little memory is left.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    try:
+        import ctypes  # noqa: PLC0415 - needed only with a limit
+
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    except (ImportError, OSError, MemoryError) as error:
+        raise exhausted(error) or error from error
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def _stack_bytes() -> int:

@@ -95,7 +95,12 @@ class Helpers:
                 return
             name = f"request-{len(self.threads)}"
             spare = SPARE_BYTES if self.threads else THREAD_BYTES
-        self.threads.append(start_thread(self._run, name, spare=spare))
+        try:
+            self.threads.append(start_thread(self._run, name, spare=spare))
+        except StoppedError:
+            if not self.threads:  # else ``busy`` would wait for it
+                self._work.clear()
+            raise
 
     def busy(self) -> bool:
         """Return whether any work is not done yet."""

@@ -59,7 +59,7 @@ def limited_to(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-MORE = [1, 3, 6, 10, 14, 18, 25, 33, 40, 65, 130]
+MORE = [1, 3, 6, 10, 14, 18, 25, 33, 40, 65, 100, 130]
 """MiB beyond the start; the need of one thread, or ten, differs between machines."""
 
 
@@ -78,6 +78,53 @@ def test_little_memory_is_enough_or_the_stop_names_the_limit(
         if "requests in flight: at most" in done.stderr:
             assert engine.most <= allowed(done.stderr)
     assert "Traceback" not in done.stderr
+
+
+# Python waits forever for a thread with memory for its stack and a little more.
+HASHING = """
+import re, resource, sys
+from aiflux.core.batch.input_file import in_thread
+size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+limit = (size + int(sys.argv[1])) << 10
+resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+hashed = []
+with in_thread(lambda start, end, plain: hashed.append(start)) as add:
+    for number in range(3):
+        add(number, number, True)
+print(hashed)
+"""
+
+
+@pytest.mark.parametrize("kib", [8192 + 4 * step for step in range(9)])
+def test_an_input_is_hashed_without_memory_for_a_thread(kib: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HASHING, str(kib)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "[0, 1, 2]\n", done.stderr
+
+
+HELPING = """
+import resource
+from aiflux.errors import StoppedError
+from aiflux.worker.dispatcher import Helpers
+helpers = Helpers(lambda work: work(), lambda: None)
+limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    helpers.submit(lambda: None)
+except StoppedError as error:
+    print(error.remedy, helpers.busy())
+"""
+
+
+def test_the_worker_does_not_wait_for_work_that_no_thread_can_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELPING], capture_output=True, text=True, check=True
+    )
+    assert "ulimit -v" in done.stdout
+    assert done.stdout.endswith(" False\n")
 
 
 @pytest.mark.parametrize("mib", [1, 4, 10, 20])

@@ -31,7 +31,7 @@ from aiflux.core.batch.request import (
     request_entry,
 )
 from aiflux.core.batch.schema import schema_problem
-from aiflux.errors import InputError
+from aiflux.errors import InputError, StoppedError
 from aiflux.util.compression import PlainFile, plain_name
 from aiflux.util.files import absolute, open_regular
 from aiflux.util.lines import (
@@ -43,6 +43,7 @@ from aiflux.util.lines import (
     unreadable,
 )
 from aiflux.util.parallel import helpers, share_out
+from aiflux.util.process_limits import require_thread_memory
 from aiflux.util.records import OMITTED
 from aiflux.util.text import joined, ranges
 
@@ -254,6 +255,10 @@ def in_thread(add: Add) -> Iterator[Add]:
     with ThreadPoolExecutor(1, "digest") as executor:
         pending: list[Future[None]] = []
         alone = False
+        try:
+            require_thread_memory()
+        except StoppedError:
+            alone = True
 
         def submit(start: int, end: int, plain: bool) -> None:
             nonlocal alone

@@ -37,6 +37,7 @@ from aiflux.engines.vllm.store import (
 from aiflux.errors import AifluxError, ModelError, StorageError
 from aiflux.util.extras import need
 from aiflux.util.files import file_digest, storage_error
+from aiflux.util.process_limits import start_thread
 from aiflux.util.text import error_text, size_text
 
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*",
@@ -171,8 +172,7 @@ class Pull:
                 self._progress({"status": label, "total": size, "completed": done})
 
         self._progress({"status": label, "total": size, "completed": 0})
-        watcher = threading.Thread(target=watch, name="pull-watch", daemon=True)
-        watcher.start()
+        watcher = start_thread(watch, "pull-watch")
         try:
             yield
         finally:

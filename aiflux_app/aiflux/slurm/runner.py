@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -14,13 +15,13 @@ from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.declaration import known_setting, parse_setting, refuse_two_names
 from aiflux.core.config.settings import BY_NAME, section_settings
 from aiflux.core.config.sources import ModelConfig
-from aiflux.core.runs.directory import default_output
-from aiflux.core.runs.registry import register_plan
+from aiflux.core.runs.directory import RunDirectory, default_output
+from aiflux.core.runs.registry import register_plan, with_job
 from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.image.container import local_choices
 from aiflux.slurm import commands
 from aiflux.slurm.commands import job_state
-from aiflux.slurm.jobs import JobId, JobState, join_jobs, parse_jobs
+from aiflux.slurm.jobs import JobId, JobState, join_jobs, note_cancelled, parse_jobs
 from aiflux.slurm.monitor import jobs_to_wait_for
 from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.script import checked_then
@@ -216,11 +217,19 @@ class SlurmRunner:
     def cancel(self, job_id: str) -> None:
         """Cancel a job; results so far are kept.
 
+        Its run records that, for when Slurm has forgotten the job.
+
         Raises:
             SlurmError: Slurm is missing or refused.
+            RunConflictError: the record of the run's jobs is damaged.
+            StorageError: it cannot be read or written.
         """
-        for job in parse_jobs(job_id):
+        jobs = parse_jobs(job_id)
+        for job in jobs:
             commands.cancel(job)
+        entry = with_job(str(jobs[0]), os.environ)
+        if entry is not None and not entry.gone:
+            note_cancelled(RunDirectory(entry.run_dir), jobs)
 
     def wait(
         self,

@@ -345,6 +345,18 @@ def test_a_runner_shows_the_status_and_cancels(slurm: FakeCommands, workspace: P
     assert slurm.calls("scancel")[0].argv == ["--clusters=c", "42"]
 
 
+def test_a_cancelled_run_stays_cancelled_once_slurm_has_forgotten_its_job(
+    slurm: FakeCommands, workspace: Path
+) -> None:
+    runner = SlurmRunner(workspace=workspace)
+    job = runner.run("in.jsonl", "out.json")
+    slurm.say("scancel")
+    runner.cancel(job)
+    submissions = read_submissions(RunDirectory.of_output(workspace / "out.json"))
+    assert submissions is not None
+    assert [each.cancelled for each in submissions.submissions[0].jobs] == [True]
+
+
 @pytest.fixture
 def many(slurm: FakeCommands, workspace: Path) -> Path:
     """A workspace with an input of 40 requests, on a cluster with arrays of at most 8 tasks."""

@@ -113,8 +113,12 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     Args:
         cutoff: least similarity of two names, from 0 to 1.
     """
+    names = sorted({*known})
+    for each in names:
+        if each.casefold() == name.casefold():
+            return each
     # By similarity alone, ``--modle`` would be ``--modules``.
-    near = difflib.get_close_matches(name, sorted({*known}), n=_NEAR, cutoff=cutoff)
+    near = difflib.get_close_matches(name, names, n=_NEAR, cutoff=cutoff)
     return min(near, key=lambda each: _typos(name, each), default=None)
 
 

@@ -236,3 +236,9 @@ def test_what_an_encoding_lacks_costs_only_itself(
     done = shell(f'export {plain}; "$@"', "results", "show", output.name)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\xe9" in done.stdout
+
+
+def test_a_name_in_other_letter_case_is_the_nearest() -> None:
+    assert nearest("TEXT", ["test", "text"]) == "text"
+    assert nearest("CUSTOM_ID", ["id", "custom_id"]) == "custom_id"
+    assert nearest("TEXT", ["label"]) is None

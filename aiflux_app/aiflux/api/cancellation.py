@@ -1,18 +1,15 @@
-"""Stop what works on a run: its jobs, or its process on this machine."""
+"""Stop the process that works on a run on this machine; for jobs see `aiflux.slurm.commands`."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.local_process import read_process, write_process
 from aiflux.errors import UsageError
-from aiflux.slurm.commands import cancel
-from aiflux.slurm.jobs import JobId, note_cancelled
 from aiflux.slurm.run_view import RunView, ShardState
 from aiflux.util.files import short
 from aiflux.util.lease import holder_here
@@ -56,21 +53,6 @@ def _stop_foreground(run: RunDirectory) -> int | None:
     except OSError:  # it has ended, or it is another user's
         return None
     return pid
-
-
-def cancel_jobs(
-    run: RunDirectory, jobs: Sequence[JobId], environ: Mapping[str, str] | None = None
-) -> None:
-    """Cancel jobs of a run, and record that for when Slurm has forgotten them.
-
-    Raises:
-        SlurmError: scancel is missing or refused.
-        RunConflictError: the record of the run's jobs is damaged.
-        StorageError: it cannot be read or written.
-    """
-    for job in jobs:
-        cancel(job, environ)
-    note_cancelled(run, jobs)
 
 
 def refuse_foreground(view: RunView) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from aiflux.api.cancellation import cancel_jobs, refuse_foreground, stop_process
+from aiflux.api.cancellation import refuse_foreground, stop_process
 from aiflux.api.local_run import draft_here, local_image, start_in_background
 from aiflux.api.progress import progress_display
 from aiflux.api.refusal import undone_if_refused
@@ -35,7 +35,7 @@ from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import ConfigError, InputError, UsageError
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
-from aiflux.slurm.commands import located
+from aiflux.slurm.commands import cancel_jobs, located
 from aiflux.slurm.monitor import Observer, RunView, active_jobs, gather
 from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.slurm.runner import SlurmRunner

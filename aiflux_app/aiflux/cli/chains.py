@@ -169,8 +169,9 @@ def cancel_step(folder: ChainFolder, step: StepView, *, as_json: bool) -> int:
 
 
 def _cancel_steps(folder: ChainFolder, steps: Sequence[StepView], *, as_json: bool) -> int:
-    from aiflux.api.cancellation import cancel_jobs, stop_process
+    from aiflux.api.cancellation import stop_process
     from aiflux.api.chain import chain_view
+    from aiflux.slurm.commands import cancel_jobs
     from aiflux.slurm.monitor import active_jobs
 
     view = chain_view(folder)

@@ -22,6 +22,7 @@ from aiflux.slurm.jobs import (
     TaskState,
     array_ranges,
     join_jobs,
+    note_cancelled,
     overall_state,
     parse_ranges,
 )
@@ -112,6 +113,26 @@ def cancel(
     done = call(["scancel", *job.options, target], environment)
     if done.returncode != 0:
         raise SlurmError(f"scancel did not cancel {job}: {words(done)}", "check the job id")
+
+
+def cancel_jobs(
+    run: RunDirectory | None, jobs: Iterable[JobId], environ: Mapping[str, str] | None = None
+) -> None:
+    """Cancel jobs of a run, and record that for when Slurm has forgotten them.
+
+    Args:
+        run: None if the jobs' run is not known.
+
+    Raises:
+        SlurmError: scancel is missing or refused.
+        RunConflictError: the record of the run's jobs is damaged.
+        StorageError: it cannot be read or written.
+    """
+    cancelled = list(jobs)
+    for job in cancelled:
+        cancel(job, environ)
+    if run is not None:
+        note_cancelled(run, cancelled)
 
 
 def _remedy(message: str, script: Path, environment: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from aiflux.errors import OutputExistsError, SlurmError
 from aiflux.image.container import local_choices
 from aiflux.slurm import commands
 from aiflux.slurm.commands import job_state
-from aiflux.slurm.jobs import JobId, JobState, join_jobs, note_cancelled, parse_jobs
+from aiflux.slurm.jobs import JobId, JobState, join_jobs, parse_jobs
 from aiflux.slurm.monitor import jobs_to_wait_for
 from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.script import checked_then
@@ -225,11 +225,9 @@ class SlurmRunner:
             StorageError: it cannot be read or written.
         """
         jobs = parse_jobs(job_id)
-        for job in jobs:
-            commands.cancel(job)
         entry = with_job(str(jobs[0]), os.environ)
-        if entry is not None and not entry.gone:
-            note_cancelled(RunDirectory(entry.run_dir), jobs)
+        run = None if entry is None or entry.gone else RunDirectory(entry.run_dir)
+        commands.cancel_jobs(run, jobs)
 
     def wait(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.api.cancellation import cancel_jobs, refuse_foreground, stop_process
+from aiflux.api.cancellation import refuse_foreground, stop_process
 from aiflux.cli.chains import (
     cancel_chain,
     cancel_step,
@@ -25,7 +25,7 @@ from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.registry import RegistryEntry, entries, forget_gone
 from aiflux.core.runs.status_file import read_run_status
 from aiflux.errors import AifluxError
-from aiflux.slurm.commands import located
+from aiflux.slurm.commands import cancel_jobs, located
 from aiflux.slurm.jobs import JobId
 from aiflux.slurm.monitor import RunView, active_jobs, gather, gather_all
 from aiflux.util.files import short

@@ -251,6 +251,16 @@ def test_a_failed_run_shows_what_to_fix_and_is_resumed_if_its_options_can_be_rig
     assert any(line.startswith("fix: ") for line in lines) == bool(remedy)
 
 
+@pytest.mark.parametrize("height", [None, 20])
+def test_a_long_reason_is_wrapped_and_never_cut(tmp_path: Path, height: int | None) -> None:
+    made = MadeRun(tmp_path)
+    made.submit()
+    reason = "the engine ended: " + "out of memory on the device " * 5 + "at the last layer"
+    made.status(0, "failed", 3, ended=reason)
+    lines = [line.plain for line in overview(look(made), Frame(width=60, height=height))]
+    assert reason in " ".join(line.strip() for line in lines)
+
+
 @pytest.mark.parametrize(
     ("status", "state", "of_run"),
     [

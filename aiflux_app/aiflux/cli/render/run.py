@@ -123,18 +123,21 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     if view.engine_settings:
         lines.append(_pair("server", " ".join(settings_texts(view.engine_settings))))
     speed = speed_text(view) if not view.ended else ""
-    lines += [Text(words) for words in (speed, _used(view), _seal(view)) if words]
+    for words in (speed, _used(view), _seal(view)):
+        if words:
+            lines += [Text(part) for part in _wrapped(words, frame)]
     if view.empty_answers:
         style = "yellow" if view.empty_answers.keys() - {TOOL_CALL} else ""
         lines.append(Text(answered_words(view.completed, view.empty_answers), style=style))
     if len(view.shards) == 1:
-        lines += _only_shard(view)
+        lines += _only_shard(view, frame)
     else:
         lines.append(_pair(f"{len(view.shards)} shards", states_text(view.shards)))
     if view.output_change is not None:
-        lines.append(Text(one_line(view.output_change), style="red"))
+        lines += [Text(part, style="red") for part in _wrapped(view.output_change, frame)]
     if view.slurm is not None:
-        lines.append(Text(f"from the files alone: {one_line(view.slurm)}", style="yellow"))
+        words = f"from the files alone: {view.slurm}"
+        lines += [Text(part, style="yellow") for part in _wrapped(words, frame)]
     return lines
 
 
@@ -142,14 +145,16 @@ def _pair(name: str, value: str) -> Text:
     return Text.assemble((name, "dim"), " ", one_line(value))
 
 
-def _only_shard(view: RunView) -> list[Text]:
+def _only_shard(view: RunView, frame: Frame) -> list[Text]:
     (shard,) = view.shards
     words = _note(shard)
     if shard.gpus and shard.state is ShardState.RUNNING:
         words += f", {_gpus(shard.gpus)}"
     if view.state in (RunState.FINISHED, RunState.WITH_FAILURES) or not words:
         return []
-    return [Text.assemble((shard.state.value, STYLES[shard.state.value]), " ", words)]
+    state = shard.state.value
+    first, *more = _wrapped(words, frame, len(state) + 1)
+    return [Text.assemble((state, STYLES[state]), " ", first), *map(Text, more)]
 
 
 def _gpus(names: Sequence[str]) -> str:

@@ -219,5 +219,5 @@ def test_threads_start_only_where_their_memory_is_checked() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.Call)
         }
-        if names & {"Thread", "Timer", "ThreadPoolExecutor"}:
+        if names & {"Thread", "Timer", "ThreadPoolExecutor", "run_in_threadpool"}:
             assert "require_thread_memory" in names, path

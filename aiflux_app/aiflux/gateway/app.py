@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import IO, Any, cast
+from typing import IO, Any, ParamSpec, TypeVar, cast
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -35,6 +35,7 @@ from aiflux.gateway.service import Gateway
 from aiflux.gateway.store import BatchFiles, GatewayStore, Key, StoredFile, id_key, no_file
 from aiflux.gateway.upload import UploadForm
 from aiflux.util.files import open_regular
+from aiflux.util.process_limits import require_thread_memory
 from aiflux.util.streams import FULL
 from aiflux.util.text import is_whole
 
@@ -42,6 +43,8 @@ _LARGEST_BODY = 1 << 20
 _BLOCK = 1 << 18
 _MOST_FILES, _MOST_BATCHES, _USUAL_BATCHES = 10_000, 100, 20
 _ORDERS = ("asc", "desc")
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 def make_app(gateway: Gateway, key: str) -> Starlette:
@@ -148,13 +151,13 @@ class _Routes:
         return self._gateway.store
 
     async def create_file(self, request: Request) -> Response:
-        upload = await run_in_threadpool(self._store.begin_upload)
+        upload = await _in_thread(self._store.begin_upload)
         try:
             form = UploadForm(request.headers.get("content-type", ""), upload)
             async for data in request.stream():
                 if data:
-                    await run_in_threadpool(form.feed, data)
-            return JSONResponse(_file(await run_in_threadpool(form.finish)))
+                    await _in_thread(form.feed, data)
+            return JSONResponse(_file(await _in_thread(form.finish)))
         except ClientDisconnect:
             raise ApiError(400, "The upload broke off.") from None
         finally:
@@ -168,7 +171,7 @@ class _Routes:
             ids, more = page.choose(keys, self._store.place)
             return one_page([*self._present(ids)], more=more)
 
-        return JSONResponse(await run_in_threadpool(listed))
+        return JSONResponse(await _in_thread(listed))
 
     def _present(self, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         for id_ in ids:
@@ -176,18 +179,16 @@ class _Routes:
                 yield _file(self._store.file(id_))
 
     async def retrieve_file(self, request: Request) -> Response:
-        return JSONResponse(
-            _file(await run_in_threadpool(self._store.file, request.path_params["id"]))
-        )
+        return JSONResponse(_file(await _in_thread(self._store.file, request.path_params["id"])))
 
     async def delete_file(self, request: Request) -> Response:
         id_ = request.path_params["id"]
-        await run_in_threadpool(self._store.delete, id_, self._gateway.needs_input)
+        await _in_thread(self._store.delete, id_, self._gateway.needs_input)
         return JSONResponse({"id": id_, "object": "file", "deleted": True})
 
     async def file_content(self, request: Request) -> Response:
         id_ = request.path_params["id"]
-        stored, file = await run_in_threadpool(self._opened, id_)
+        stored, file = await _in_thread(self._opened, id_)
         name = quote(stored.filename, safe="")
         return StreamingResponse(
             _blocks(file, stored.bytes),
@@ -221,7 +222,7 @@ class _Routes:
             (content,) = batch_objects([find()], self._gateway.watch)
             return content
 
-        return JSONResponse(await run_in_threadpool(described))
+        return JSONResponse(await _in_thread(described))
 
     async def list_batches(self, request: Request) -> Response:
         page = _Page.of(request, _MOST_BATCHES, _USUAL_BATCHES)
@@ -231,15 +232,15 @@ class _Routes:
             batches = [self._store.batch(id_) for id_ in ids]
             return one_page(batch_objects(batches, self._gateway.watch), more=more)
 
-        return JSONResponse(await run_in_threadpool(listed))
+        return JSONResponse(await _in_thread(listed))
 
     async def list_models(self, _: Request) -> Response:
-        names = await run_in_threadpool(self._gateway.models)
+        names = await _in_thread(self._gateway.models)
         return JSONResponse({"object": "list", "data": [model_object(name) for name in names]})
 
     async def retrieve_model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if name not in await run_in_threadpool(self._gateway.models):
+        if name not in await _in_thread(self._gateway.models):
             raise ApiError(
                 404, f"The model '{name}' does not exist.", param="model", code="model_not_found"
             )
@@ -256,10 +257,22 @@ def _file(stored: StoredFile) -> dict[str, Any]:
     )
 
 
-def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield the content in blocks; each is read in a thread while the client takes the last."""
+async def _in_thread(
+    work: Callable[_Given, _Result], *args: _Given.args, **kwargs: _Given.kwargs
+) -> _Result:
+    """Do work that reads or writes files in a thread.
+
+    Raises:
+        StoppedError: too little memory is left to start one.
+    """
+    require_thread_memory()
+    return await run_in_threadpool(work, *args, **kwargs)
+
+
+async def _blocks(file: IO[bytes], size: int) -> AsyncIterator[bytes]:
+    """Yield the content in blocks; each is read in a thread."""
     with file:
-        while size > 0 and (block := file.read(min(_BLOCK, size))):
+        while size > 0 and (block := await _in_thread(file.read, min(_BLOCK, size))):
             size -= len(block)
             yield block
 

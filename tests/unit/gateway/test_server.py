@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -165,6 +166,24 @@ def test_the_key_stays_and_can_be_chosen(tmp_path: Path, start: list[RunningGate
         assert client.files.list().data == []
     with pytest.raises(AuthenticationError), OpenAI(base_url=running.url, api_key=key) as client:
         client.files.list()
+
+
+def test_without_memory_for_a_thread_a_request_fails_and_the_next_ones_do_not(
+    tmp_path: Path, start: list[RunningGateway]
+) -> None:
+    running = RunningGateway(tmp_path, NOWHERE)
+    start.append(running)
+    running.start()
+    assert running.process is not None
+    pid, limit = running.process.pid, resource.RLIMIT_AS
+    sizes = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()
+    before = resource.prlimit(pid, limit)
+    resource.prlimit(pid, limit, ((int(sizes[0]) << 12) + (2 << 20), before[1]))
+    status, answer = running.ask("GET", "/v1/files")
+    assert status == 500
+    assert "memory" in answer["error"]["message"]
+    resource.prlimit(pid, limit, before)
+    assert running.ask("GET", "/v1/files")[0] == 200
 
 
 def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:

@@ -218,13 +218,19 @@ class DelimitedTable:
     ) -> Iterator[Row | Skipped]:
         """Yield the rows, each with all columns; invalid rows are yielded as ``Skipped``."""
         size = self.path.stat().st_size
+        names, width = self.columns, len(self.columns)
         with reading(self.path), PlainFile(self.path) as file:
             first = 0 if self.header else 1
             for number, (line, last, cells, raw) in enumerate(self._cells(file), start=first):
                 if number % 1000 == 0 and progress is not None:
                     progress(min(file.consumed, size), size)
-                if number:
-                    yield self._row(number, line, last, cells, raw)
+                if not number:
+                    continue
+                if isinstance(cells, list) and len(cells) == width and _sound("".join(cells)):
+                    found = dict(zip(names, cells))  # noqa: B905 - equal, and a check takes time
+                    yield Row(line, f"row-{number}", found, raw)
+                else:
+                    yield self._skipped(line, last, cells)
             if progress is not None:
                 progress(size, size)
 
@@ -252,7 +258,8 @@ class DelimitedTable:
             if self.declares:
                 next(reader)
             while True:
-                kept.begin_row()
+                if not plain:
+                    kept.begin_row()
                 line = reader.line_num + 1
                 try:
                     cells: list[str] | csv.Error = next(reader)
@@ -262,7 +269,7 @@ class DelimitedTable:
                     cells = error
                 if cells:
                     first, last = (line, reader.line_num) if plain else (kept.first, kept.last)
-                    yield first, last, cells, "".join(read)
+                    yield first, last, cells, "".join(read) if self.verbatim else ""
                     read.clear()
         except UnicodeError as error:
             raise _not_in(
@@ -271,20 +278,15 @@ class DelimitedTable:
         finally:
             text.detach()
 
-    def _row(
-        self, number: int, line: int, last: int, cells: list[str] | csv.Error, raw: str
-    ) -> Row | Skipped:
+    def _skipped(self, line: int, last: int, cells: list[str] | csv.Error) -> Skipped:
         place = f"line {line}" if last <= line else f"lines {line} to {last}"
         if isinstance(cells, csv.Error):
             return Skipped(line, place, _malformed(cells))
         if len(cells) != len(self.columns):
             return Skipped(line, place, self._ragged(cells))
-        # Almost all rows are valid, and one look is quicker than one for each cell.
-        if self._damage("".join(cells)) is not None:
-            found = zip(self.columns, map(self._damage, cells), strict=True)
-            column, reason = next(pair for pair in found if pair[1] is not None)
-            return Skipped(line, place, f"column {column!r} has {reason}")
-        return Row(line, f"row-{number}", dict(zip(self.columns, cells, strict=True)), raw)
+        found = zip(self.columns, map(self._damage, cells), strict=True)
+        column, reason = next(pair for pair in found if pair[1] is not None)
+        return Skipped(line, place, f"column {column!r} has {reason}")
 
     def _damage(self, cell: str) -> str | None:
         """Return what makes a cell invalid: a byte of another encoding, or NUL.
@@ -305,6 +307,11 @@ class DelimitedTable:
         if len(self.columns) == 1:
             problem += f' (quote a cell that contains {self.delimiter!r}: "...")'
         return problem
+
+
+def _sound(text: str) -> bool:
+    """Return whether the cells of a row are undamaged; one look is quicker than one for each."""
+    return "\0" not in text and (text.isascii() or bad_byte(text) is None)
 
 
 def _noting(lines: Iterable[str], read: list[str]) -> Iterator[str]:

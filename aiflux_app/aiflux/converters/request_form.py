@@ -107,7 +107,7 @@ def with_image(text: str, url: str) -> list[dict[str, Any]]:
 
 
 # json.dumps makes a new encoder for each call with such options.
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 CONVERSATION_ROLES = ("user", "assistant")
 ANSWER = "answer"
 MAX_EXAMPLES = 1000
@@ -144,6 +144,14 @@ class RequestForm:
 
     def line(self, draft: RequestDraft) -> bytes:
         """Return the request as one line, including the line ending."""
+        entry = self.entry(draft)
+        try:
+            return encode_json(entry).encode() + b"\n"
+        except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
+            return json.dumps(entry, allow_nan=False).encode() + b"\n"
+
+    def entry(self, draft: RequestDraft) -> dict[str, Any]:
+        """Return the request."""
         entry: dict[str, Any] = {
             "custom_id": draft.custom_id,
             "method": "POST",
@@ -152,10 +160,7 @@ class RequestForm:
         }
         if draft.metadata:
             entry["metadata"] = draft.metadata
-        try:
-            return _encode(entry).encode() + b"\n"
-        except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
-            return json.dumps(entry, allow_nan=False).encode() + b"\n"
+        return entry
 
     def _content(self, draft: RequestDraft) -> dict[str, Any]:
         if self.endpoint == "embeddings":

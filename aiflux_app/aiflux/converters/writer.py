@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from aiflux.converters.cells import BadRowError
 from aiflux.converters.request_form import WITH_MESSAGES, RequestDraft, RequestForm
@@ -48,6 +48,21 @@ class Skipped:
 
     def __str__(self) -> str:
         return terminal_line(f"{self.place}: {self.reason}")
+
+
+class RequestLines(NamedTuple):
+    """Requests of consecutive rows, written by ``RequestForm`` already.
+
+    Attributes:
+        numbers, ids: of each request; see ``RequestDraft``.
+        lines: each with its line ending.
+        content: all lines.
+    """
+
+    numbers: Sequence[int]
+    ids: Sequence[str]
+    lines: Sequence[str]
+    content: bytes
 
 
 EMPTY = "with nothing filled in: the template's fields are empty"
@@ -88,7 +103,7 @@ class Summary:
     first: tuple[dict[str, Any], ...] = ()
 
 
-Items = Iterable[RequestDraft | Skipped]
+Item = RequestDraft | RequestLines | Skipped
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,8 @@ class Conversion:
     numbered: bool = False
     nothing: Callable[[], str] = lambda: "check its content"
 
-    def run(self, items: Items) -> Summary:
-        """Write a request for each draft.
+    def run(self, items: Iterable[Item]) -> Summary:
+        """Write a request for each draft, and requests that are lines already.
 
         Raises:
             InputError: rows are invalid and may not be skipped, or none is left.
@@ -223,8 +238,10 @@ class _Tally:
     def _open(self, path: Path | None) -> IO[bytes] | None:
         return None if path is None else self.stack.enter_context(atomic_write(path))
 
-    def take(self, item: RequestDraft | Skipped) -> None:
-        if isinstance(item, RequestDraft):
+    def take(self, item: Item) -> None:
+        if isinstance(item, RequestLines):
+            self._write_lines(item)
+        elif isinstance(item, RequestDraft):
             self.rows += item.part == 0
             try:
                 self._write(item)
@@ -242,10 +259,7 @@ class _Tally:
         if not self.job.numbered:
             earlier = self.seen.first_use(draft.custom_id, draft.number)
         if earlier is not None:
-            raise BadRowError(
-                f"custom_id {draft.custom_id!r} was already used at {self.job.place} {earlier}; "
-                "every request needs a unique one"
-            )
+            raise BadRowError(self._used_before(draft.custom_id, earlier))
         if draft.messages and self.job.form.drop_last_assistant:
             draft = replace(draft, content=_without_last_answer(draft.content))
         if draft.messages:
@@ -263,6 +277,28 @@ class _Tally:
             self.first.append(json.loads(line))
         elif not self._failing:
             self._file.write(line)
+
+    def _used_before(self, custom_id: str, earlier: int) -> str:
+        return (
+            f"custom_id {custom_id!r} was already used at {self.job.place} {earlier}; "
+            "every request needs a unique one"
+        )
+
+    def _write_lines(self, block: RequestLines) -> None:
+        """Write what needs no other check than that of the custom_ids."""
+        self.rows += len(block.lines)
+        repeated = {} if self.job.numbered else self.seen.repeats(block.ids, block.numbers)
+        for at, earlier in repeated.items():
+            reason = self._used_before(block.ids[at], earlier)
+            number = block.numbers[at]
+            self._skip(Skipped(number, f"{self.job.place} {number}", reason))
+        self.requests += len(block.lines) - len(repeated)
+        content = block.content
+        if repeated:
+            left = (line for at, line in enumerate(block.lines) if at not in repeated)
+            content = "".join(left).encode()
+        if self._file is not None and not self._failing:
+            self._file.write(content)
 
     def _remark(self, draft: RequestDraft) -> str:
         if _answered(draft):
@@ -409,7 +445,6 @@ def reading(path: Path, what: str = "the input") -> Iterator[None]:
 _PARTS = 64
 _FIRST_SIZE = 1 << 6
 _MAX_NUMBER = (1 << 32) - 1
-_Part = tuple["array[int]", "array[int]"]
 
 
 class SeenIds:
@@ -421,45 +456,63 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._used = [0] * _PARTS
-        self._parts = [_part(_FIRST_SIZE) for _ in range(_PARTS)]
+        self._parts = [_Slots(_FIRST_SIZE) for _ in range(_PARTS)]
 
     def first_use(self, name: str, number: int) -> int | None:
         """Return the number where ``name`` was used before; else store it and return None.
 
         Numbers beyond 32 bits are returned as the largest one.
         """
-        key = hash(name) or 1
-        at = key % _PARTS
-        hashes, numbers = self._parts[at]
-        slot = _slot(hashes, key)
-        if hashes[slot]:
-            return numbers[slot]
-        hashes[slot], numbers[slot] = key, min(number, _MAX_NUMBER)
-        self._used[at] += 1
-        if 3 * self._used[at] > 2 * len(hashes):
-            self._parts[at] = _grown(hashes, numbers)
-        return None
+        return self.repeats((name,), (number,)).get(0)
+
+    def repeats(self, names: Iterable[str], numbers: Sequence[int]) -> dict[int, int]:
+        """Store names; return the place of each that was used before, and the number of that use.
+
+        This is the whole work of a conversion on most ids, so it is one loop.
+        """
+        if max(numbers, default=0) > _MAX_NUMBER:
+            numbers = [min(number, _MAX_NUMBER) for number in numbers]
+        found = {}
+        parts = self._parts
+        for at, name in enumerate(names):
+            key = hash(name) or 1
+            part = parts[key % _PARTS]
+            hashes, mask = part.hashes, part.mask
+            slot = key // _PARTS & mask
+            while (used := hashes[slot]) and used != key:
+                slot = slot + 1 & mask
+            if used:
+                found[at] = part.numbers[slot]
+                continue
+            hashes[slot], part.numbers[slot] = key, numbers[at]
+            part.free -= 1
+            if not part.free:
+                parts[key % _PARTS] = part.grown()
+        return found
 
 
-def _part(size: int) -> _Part:
-    return array("q", [0]) * size, array("I", [0]) * size
+class _Slots:
+    """Slots of a part: an array of hashes, with 0 for a free slot, and one of numbers.
 
+    Attributes:
+        free: how many slots may be filled before it grows: it is never fuller than two thirds.
+    """
 
-def _slot(hashes: array[int], key: int) -> int:
-    """Return the slot of a hash, or the free slot where it belongs."""
-    mask = len(hashes) - 1
-    slot = key // _PARTS & mask
-    while hashes[slot] not in (0, key):
-        slot = (slot + 1) & mask
-    return slot
+    __slots__ = ("free", "hashes", "mask", "numbers")
 
+    def __init__(self, size: int) -> None:
+        self.hashes, self.numbers = array("q", [0]) * size, array("I", [0]) * size
+        self.mask, self.free = size - 1, 2 * size // 3
 
-def _grown(hashes: array[int], numbers: array[int]) -> _Part:
-    """Return a part of twice the size."""
-    more = _part(2 * len(hashes))
-    for key, number in zip(hashes, numbers, strict=True):
-        if key:
-            slot = _slot(more[0], key)
-            more[0][slot], more[1][slot] = key, number
-    return more
+    def grown(self) -> _Slots:
+        """Return a part of twice the size."""
+        more = _Slots(2 * len(self.hashes))
+        hashes, numbers, mask = more.hashes, more.numbers, more.mask
+        for key, number in zip(self.hashes, self.numbers, strict=True):
+            if key:
+                slot = key // _PARTS & mask
+                while hashes[slot]:
+                    slot = slot + 1 & mask
+                hashes[slot], numbers[slot] = key, number
+                more.free -= 1
+        return more

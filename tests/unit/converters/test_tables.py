@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import math
 import random
+import re
 import sqlite3
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import date, datetime
+from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -18,9 +24,13 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiflux.cli.main import main
 from aiflux.converters import csv_to_jsonl, parquet_to_jsonl, table_to_jsonl
+from aiflux.converters.template import Template, escape
+from aiflux.converters.writer import SHOWN_BEFORE, Summary
 from aiflux.errors import AifluxError, InputError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.converters.test_converters import prompts, refused, requests_in, write
@@ -511,3 +521,176 @@ def test_answers_of_a_folder_of_parquet(tmp_path: Path) -> None:
         {"text": "a", "n": 1, "year": "2024", "answer": "echo a"},
         {"text": "b", "n": 2, "year": "2024", "answer": "echo b"},
     ]
+
+
+# --- the requests of any rows ---
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
+CELLS |= st.sampled_from(["", " ", "%s", '"', "\\", "a\r\nb", "{x}", "ö", "\u2028", "😀"])
+VALUES = CELLS | st.none() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
+VALUES |= st.sampled_from([b"", b" ", b"\xff", "ö".encode()])
+PARTS = st.lists(st.sampled_from("xy") | CELLS.map(lambda text: (text,)), max_size=4)
+Parts = list[str | tuple[str]]  # names, and texts between them
+
+
+def template_of(parts: Parts) -> Template:
+    texts = (f"{{{part}}}" if isinstance(part, str) else escape(part[0]) for part in parts)
+    return Template("".join(texts))
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return b64encode(value).decode()
+    return None if value in (math.inf, -math.inf) else value
+
+
+def prompt_text(value: Any) -> str:
+    """Return a value as a prompt has it."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if value in (math.inf, -math.inf):
+        return str(value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+class PlainConversion:
+    """Makes each request by itself, in the plainest way."""
+
+    def __init__(self, parts: Parts, system: Parts | None, named: bool, keep: list[str]) -> None:
+        self.parts, self.system, self.named, self.keep = parts, system, named, keep
+        self.ids: set[str] = set()
+        self.lines: list[str] = []
+        self.bad: list[int] = []
+        self.empty = 0
+
+    def add(self, count: int, number: int, row: dict[str, Any]) -> None:
+        asked = [part for part in self.parts if isinstance(part, str)]
+        names = [part for part in (*asked, *(self.system or ())) if isinstance(part, str)]
+        try:
+            name = prompt_text(row["id"]) if self.named else f"row-{count}"
+            texts = {each: prompt_text(row[each]) for each in names}
+        except UnicodeDecodeError:
+            name = ""
+        if not name or name in self.ids:
+            self.bad.append(number)
+            return
+        self.ids.add(name)
+        given = (row[each] for each in asked)
+        self.empty += all(not (each.strip() if isinstance(each, str | bytes) else each is not None)
+                          for each in given)  # fmt: skip
+        filled = [
+            "".join(texts[part] if isinstance(part, str) else part[0] for part in parts)
+            for parts in (self.system or [], self.parts)
+        ]
+        messages = [{"role": "system", "content": filled[0]}] if filled[0].strip() else []
+        messages.append({"role": "user", "content": filled[1]})
+        digests = {
+            each: blake2b(text.encode(), digest_size=6).hexdigest() for each, text in texts.items()
+        }
+        metadata: dict[str, Any] = {"cell_digests": digests}
+        if self.keep:
+            metadata["columns"] = {each: plain(row[each]) for each in self.keep}
+            binary = {each: row[each] for each in self.keep if isinstance(row[each], bytes)}
+            types = {
+                each: "bytes" if plain(value).encode() == value else "base64"
+                for each, value in binary.items()
+            }
+            metadata |= {"column_types": types} if types else {}
+        entry = {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": "m:1", "top_p": 0.5, "messages": messages},
+            "metadata": metadata,
+        }
+        self.lines.append(json.dumps(entry, ensure_ascii=False))
+
+
+@given(
+    st.lists(st.tuples(VALUES, VALUES, VALUES), min_size=1, max_size=150),
+    PARTS.filter(lambda parts: any(isinstance(part, str) for part in parts)),
+    st.none() | PARTS,
+    st.booleans(),
+    st.sampled_from([[], ["y"], ["x", "id"]]),
+    st.booleans(),
+)
+def test_requests_are_those_that_each_row_makes_by_itself(
+    rows: list[tuple[Any, ...]],
+    parts: Parts,
+    system: Parts | None,
+    named: bool,
+    keep: list[str],
+    as_csv: bool,
+) -> None:
+    plainly = PlainConversion(parts, system, named, keep)
+    header = ("id", "x", "y")
+    options: dict[str, Any] = {
+        "template": template_of(parts),
+        "system_template": None if system is None else template_of(system),
+        "id_column": "id" if named else None,
+        "keep": keep,
+        "model": "m:1",
+        "params": {"top_p": 0.5},
+        "skip_bad": True,
+    }
+    with TemporaryDirectory() as folder:
+        source, output = Path(folder, "in"), Path(folder, "o.jsonl")
+        if as_csv:
+            rows = [tuple(str(plain(value)) for value in row) for row in rows]
+            line = 2
+            with open(source, "w", encoding="utf-8", newline="") as file:
+                file.write("id,x,y\n")
+                for count, row in enumerate(rows, start=1):
+                    csv.writer(file, quoting=csv.QUOTE_ALL).writerow(row)
+                    plainly.add(count, line, dict(zip(header, row, strict=True)))
+                    line += 1 + len(re.findall("\r\n|\r|\n", "\0".join(row)))
+        else:
+            with closing(sqlite3.connect(source)) as connection, connection:
+                connection.execute("CREATE TABLE t (id, x, y)")
+                connection.executemany("INSERT INTO t VALUES (?, ?, ?)", rows)
+            for count, row in enumerate(rows, start=1):
+                plainly.add(count, count, dict(zip(header, row, strict=True)))
+
+        def convert() -> Summary:
+            if as_csv:
+                return csv_to_jsonl(source, output, encoding="utf-8", delimiter=",", **options)
+            return table_to_jsonl(source, output, **options)
+
+        if not plainly.lines:
+            with pytest.raises(InputError):
+                convert()
+            return
+        summary = convert()
+        assert output.read_text(encoding="utf-8").split("\n")[:-1] == plainly.lines
+    assert [each.number for each in summary.examples] == plainly.bad
+    assert summary.rows == len(rows)
+    assert summary.requests == len(plainly.lines)
+    empty = f"{plainly.empty} request"
+    assert any(note.startswith(empty) for note in summary.notes) == bool(plainly.empty)
+
+
+def test_an_example_and_a_repeated_id_among_many_rows(tmp_path: Path) -> None:
+    rows = [f"r{at},text {at}" for at in range(300)]
+    rows[200], rows[250] = "r7,text 200", "r250,that of the example"
+    source = write(tmp_path / "in.csv", "\n".join(["id,x", *rows]))
+    summary = csv_to_jsonl(
+        source,
+        tmp_path / "o.jsonl",
+        template="Say: {x}",
+        id_column="id",
+        examples=[{"x": "that of the example", "answer": "yes"}],
+        skip_bad=True,
+    )
+    (bad,) = summary.examples
+    assert str(bad) == (
+        "line 202: custom_id 'r7' was already used at line 9; every request needs a unique one"
+    )
+    assert summary.notes[1:] == (f"1 request {SHOWN_BEFORE} (line 252)",)
+    made = requests_in(tmp_path / "o.jsonl")
+    assert [entry["custom_id"] for entry in made] == [f"r{at}" for at in range(300) if at != 200]
+    texts = [entry["body"]["messages"][-1]["content"] for entry in made]
+    assert texts == [f"Say: {row.partition(',')[2]}" for row in rows if row != rows[200]]

@@ -244,6 +244,8 @@ def write_csv(
     form = _for_excel if table.options.excel else _plain
 
     def shown(value: Any) -> str:
+        if value is None:
+            return ""
         return form(as_json(value) if isinstance(value, bytes) else value)
 
     encoding = "utf-8-sig" if table.options.excel else "utf-8"
@@ -259,7 +261,10 @@ def write_csv(
 
 def _plain(value: Any) -> str:
     """Return a cell as writable text. NUL is replaced: many CSV readers stop at it."""
-    return whole_text(as_text(value)).replace("\0", REPLACEMENT)
+    text = value if isinstance(value, str) else as_text(value)
+    if text.isascii() and "\0" not in text:
+        return text
+    return whole_text(text).replace("\0", REPLACEMENT)
 
 
 def _for_excel(value: Any) -> str:
@@ -326,7 +331,13 @@ def _storable(arrow: Any) -> Iterator[None]:
 def write_duckdb(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as the table ``answers`` of a DuckDB database."""
     near = Path(file.name).parent
-    write_database(file, near, lambda parquet: write_parquet(parquet, table, records))
+    arrow = need("pyarrow", "parquet", "writing DuckDB databases")
+
+    def write(parquet: IO[bytes]) -> None:
+        write_parquet(parquet, table, records)
+        arrow.default_memory_pool().release_unused()  # DuckDB needs it next
+
+    write_database(file, near, write)
 
 
 FORMS: Mapping[str, Writer] = {

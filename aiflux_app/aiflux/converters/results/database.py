@@ -12,8 +12,8 @@ from aiflux.util.extras import need
 from aiflux.util.files import temporary_folder
 
 TABLE = "answers"
-# Ordinary rows need no more; by default, DuckDB takes what it can get.
-_MEMORY = "64MB"
+# Ordinary rows need no more; by default, DuckDB takes what it can get. Each thread needs some, too.
+_MEMORY = "32MB"
 
 
 def write_database(file: IO[bytes], near: Path, write_parquet: Callable[[IO[bytes]], None]) -> None:
@@ -33,7 +33,7 @@ def write_database(file: IO[bytes], near: Path, write_parquet: Callable[[IO[byte
             write_parquet(rows)
         try:
             try:
-                _fill(library, parquet, database, {"memory_limit": _MEMORY})
+                _fill(library, parquet, database, {"memory_limit": _MEMORY, "threads": "1"})
             except library.OutOfMemoryException:  # many long answers
                 database = folder / "unlimited.duckdb"
                 _fill(library, parquet, database, {})

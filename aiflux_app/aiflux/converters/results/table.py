@@ -302,7 +302,7 @@ class BackTable:
         with closing(Answers(self.output, in_order=in_order)) as answers:
             found = 0
             for row in self.source.rows(self.summary):
-                answer = self._answer(row, answers)
+                answer, changed = self._answer(row, answers)
                 if answer is None and self.options.only_asked:
                     self.summary.unasked += 1
                     continue
@@ -310,7 +310,7 @@ class BackTable:
                 self.summary.repeated += repeated
                 found += answer is not None and not repeated
                 if answer is not None and not repeated:
-                    self._check(self.source, row, answer)
+                    self._check(self.source, row, answer, changed)
                 for added in self._added(row.name, None if repeated else answer):
                     if repeated and self.error is not None:
                         added[self.error] = _REPEATED
@@ -319,24 +319,23 @@ class BackTable:
             if not found and not self.options.only_asked:
                 raise self.source.foreign(self.output)
 
-    def _answer(self, row: Row, answers: Answers) -> Result | None:
-        """Return the result of the request made from a row, if any."""
+    def _answer(self, row: Row, answers: Answers) -> tuple[Result | None, str | None]:
+        """Return the result of the request made from a row, if any, and which cell has changed."""
         answer = answers.get(row.name)
         digests = {} if answer is None else _digests(answer) or {}
         try:
-            changed_cell(row.cells, known_digests(row.cells, digests))
+            changed = changed_cell(row.cells, known_digests(row.cells, digests))
         except ValueError:  # not text: the row was skipped
-            return None
-        return answer
+            return None, None
+        return answer, changed
 
-    def _check(self, source: _Source, row: Row, answer: Result) -> None:
+    def _check(self, source: _Source, row: Row, answer: Result, changed: str | None) -> None:
         """Raise InputError unless the request of an answer was made from this row.
 
         By an id column a row can also be joined from another table, which lacks what was asked.
         """
         digests = _digests(answer)
         known = known_digests(row.cells, digests or {})
-        changed = changed_cell(row.cells, known)
         if changed is not None:
             raise source.changed(row, changed)
         if source.id_column is None and (digests is None or len(known) < len(digests)):
@@ -495,7 +494,9 @@ class _Source:
             if not isinstance(row, Row):
                 summary.unread += 1
                 continue
-            yield row if self.id_column is None else replace(row, name=self._id(row))
+            if self.id_column is not None:
+                row.name = self._id(row)
+            yield row
 
     def _id(self, row: Row) -> str:
         """Return the custom_id in a row's id column; "" (used by no request) if it is not text."""

@@ -181,6 +181,8 @@ def _choice_text(choice: dict[str, Any]) -> ChoiceText:
 
 def _parts_text(content: Any, key: str) -> str:
     """Return the text of a content; of a list of parts, the joined text of those with ``key``."""
+    if not content:
+        return ""
     if isinstance(content, str):
         return content if key == "text" else ""
     parts = content if isinstance(content, list) else ()
@@ -319,7 +321,8 @@ def parse_entry(text: bytes, path: Path) -> Result:
         InputError: it is not an entry.
     """
     try:
-        return _entry(json.loads(text.strip().removesuffix(b",")))
+        line = text.strip().removesuffix(b",")
+        return _entry(json.loads(line.decode("utf-8", "surrogatepass")))  # as it decodes bytes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is not an output of AI-Flux: {error_text(error)}, at {text[:60]!r}",

@@ -432,7 +432,7 @@ class Cluster:
 
     def log(self, job: str, folder: Path) -> str:
         """Return a job's log, which is in or below ``folder``."""
-        logs = [*folder.rglob(f"slurm-{job}.out"), *folder.rglob("slurm.out")]
+        logs = list(folder.rglob(f"slurm-{job}.out"))
         assert len(logs) == 1, f"logs of job {job}: {logs}"
         return logs[0].read_text(encoding="utf-8", errors="replace")
 

@@ -8,7 +8,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from aiflux.core.config.config import SlurmConfig
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory, user_output
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.registry import state_folder
 from aiflux.engines.base import LIBRARY_VARIABLES
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError
+from aiflux.util.files import storage_error
 from aiflux.util.text import named_options
 
 _NAME_LENGTH = 64
@@ -347,21 +351,56 @@ def directive(name: str, value: str | int | None) -> str:
 
 
 def log_pattern(folder: Path, *, array: bool = False) -> str:
-    r"""Return the value of ``--output`` for logs in ``folder``.
+    """Return the value of ``--output`` for logs in ``folder``.
 
-    Slurm replaces ``%`` symbols unless the path contains a backslash
-    (``fname_create`` in Slurm's src/slurmd/common/fname.c): such a folder gets one log,
-    ``slurm.out``, that every start appends to.
+    Raises:
+        ConfigError: see ``slurm_path``.
     """
-    if "\\" in str(folder):
-        return str(folder / "slurm.out").replace("\\", "\\\\")
-    return str(folder).replace("%", "%%") + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+    path = str(slurm_path(folder)).replace("%", "%%")
+    return path + ("/slurm-%A_%a.out" if array else "/slurm-%j.out")
+
+
+def slurm_path(folder: Path) -> Path:
+    r"""Return the path of a folder for ``--output``: a link to it if the path has a backslash.
+
+    With a backslash, Slurm replaces no ``%`` symbols, and since 25.11 it drops the backslash
+    (``fname_create`` in Slurm's src/slurmd/common/fname.c). This includes one of the job's
+    directory, at which a relative ``--output`` starts.
+
+    Raises:
+        ConfigError: there is no place for the link.
+    """
+    if "\\" not in str(folder):
+        return folder
+    links = state_folder(os.environ) / "logs"
+    if "\\" in str(links):
+        raise ConfigError(
+            f"Slurm cannot write a log in {folder}, as its path contains a backslash; nor can it "
+            f"use a link in {links}",
+            "set logs_dir to a directory without one (AIFLUX_LOGS_DIR)",
+        )
+    return links / blake2b(os.fsencode(folder), digest_size=8).hexdigest()
+
+
+def make_logs(folder: Path) -> None:
+    """Create the folder of a job's logs, and the link to it if Slurm needs one.
+
+    Raises:
+        StorageError: this is not possible.
+    """
+    path = slurm_path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path != folder:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(FileExistsError):
+                path.symlink_to(folder)
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def log_file(folder: Path, job_id: str, task: int | None = None) -> Path:
     """Return the log that ``log_pattern(folder)`` gives for a job, or for a task of an array."""
-    if "\\" in str(folder):
-        return folder / "slurm.out"
     return folder / f"slurm-{job_id}{'' if task is None else f'_{task}'}.out"
 
 

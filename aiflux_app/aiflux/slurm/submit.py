@@ -47,9 +47,9 @@ from aiflux.slurm.jobs import (
 from aiflux.slurm.limits import SiteLimit, most_shards, refuse_excess, site_limits
 from aiflux.slurm.preflight.cluster import preflight
 from aiflux.slurm.preflight.local import Finding, problem_with, refuse
-from aiflux.slurm.script import JobScript, log_file, render, render_then
+from aiflux.slurm.script import JobScript, log_file, make_logs, render, render_then
 from aiflux.slurm.start_time import ending_first
-from aiflux.util.files import absolute, atomic_write, expanded, read_file, storage_error
+from aiflux.util.files import absolute, atomic_write, expanded, read_file
 from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.records import to_json
 from aiflux.util.times import utc_now, walltime_seconds
@@ -402,10 +402,7 @@ def submit_job(
         StorageError: the run directory cannot be written.
     """
     run = planned.opened.run
-    try:
-        planned.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, planned.logs) from error
+    make_logs(planned.logs)
     with acquire(run.plan_lease, f"the run {planned.opened.plan.output}", wait=True):
         if not same_work(read_plan(run), planned.opened.plan) or (
             read_submissions(run) != planned.known
@@ -483,10 +480,7 @@ def submit_later(
         StorageError: the run directory cannot be written.
     """
     later.run.make()
-    try:
-        later.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, later.logs) from error
+    make_logs(later.logs)
     with acquire(later.run.plan_lease, f"the run {later.run.path}", wait=True):
         if later.run.plan.exists() or read_submissions(later.run) != later.known:
             raise RunConflictError(

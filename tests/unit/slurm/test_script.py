@@ -20,6 +20,7 @@ from aiflux.slurm.script import (
     job_name,
     log_file,
     log_pattern,
+    make_logs,
     render,
     signal_seconds,
 )
@@ -120,15 +121,35 @@ def test_the_job_id_is_part_of_the_log_s_name() -> None:
     assert log_file(Path("/a 50% b"), "7") == Path("/a 50% b/slurm-7.out")
 
 
-def test_a_log_directory_with_a_backslash_has_one_log() -> None:
-    assert log_pattern(Path("/a\\b %j")) == "/a\\\\b %j/slurm.out"
-    assert log_file(Path("/a\\b %j"), "7") == Path("/a\\b %j/slurm.out")
+def test_slurm_writes_a_log_below_a_backslash_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = tmp_path / "a\\b %j" / "logs"
+    for _ in range(2):
+        make_logs(folder)
+    pattern = log_pattern(folder)
+    assert pattern.startswith(f"{tmp_path / 'state' / 'aiflux' / 'logs'}/")
+    assert pattern.endswith("/slurm-%j.out")
+    Path(pattern.replace("%j", "7")).write_text("text", encoding="utf-8")
+    assert log_file(folder, "7").read_text(encoding="utf-8") == "text"
+    other = tmp_path / "a\\b"
+    make_logs(other)
+    assert Path(log_pattern(other)).parent.resolve() == other
+
+
+def test_without_a_place_for_the_link_the_log_s_directory_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/c\\d")
+    with pytest.raises(ConfigError, match="path contains a backslash"):
+        render(job(log=Path("/a\\b")))
+    assert "/logs/slurm-%j.out" in render(job())
 
 
 def test_each_task_of_an_array_has_its_own_log() -> None:
     assert log_pattern(Path("/a 50%"), array=True) == "/a 50%%/slurm-%A_%a.out"
     assert log_file(Path("/a 50%"), "7", 3) == Path("/a 50%/slurm-7_3.out")
-    assert log_file(Path("/a\\b"), "7", 3) == Path("/a\\b/slurm.out")
 
 
 def test_the_task_of_an_array_determines_its_shard() -> None:

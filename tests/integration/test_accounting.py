@@ -34,6 +34,8 @@ def accounting(user: User) -> Iterator[User]:
          "a job requests 2 GPUs, but the QOS 'short' permits 1: it would wait forever"),
         (["--account", "teaching", "--gpus-per-node", "2"],
          "a job requests 2 GPUs, but the account 'teaching' permits 1: it would wait forever"),
+        (["--account", "physics", "--gpus-per-node", "2"],
+         "2 GPUs, but the group limit of account 'science' (above 'physics') permits 1: it would"),
     ],
 )  # fmt: skip
 def test_what_the_accounts_do_not_permit_is_refused_before_submission(
@@ -51,7 +53,8 @@ def test_a_run_is_charged_and_known_after_slurm_forgot_it(
 ) -> None:
     aiflux = checkout / ".venv/bin/aiflux"
     shown = accounting.run(aiflux, "doctor", cwd=place, code=None)
-    assert "accounting: is enforced; your accounts: research, teaching; default: research" in shown
+    yours = "your accounts: physics, research, teaching; default: research"
+    assert f"accounting: is enforced; {yours}" in shown
     accounting.write(place / "in.jsonl", questions(4, 8))
     run = [aiflux, "run", "in.jsonl", "-o", "out.json", *command, "--account", "teaching",
            "--qos", "short", "--gpus-per-node", "1"]  # fmt: skip

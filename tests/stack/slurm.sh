@@ -57,7 +57,10 @@ ensure_database() {
         --datadir="$slurm_dir/db" --socket="$slurm_dir/db/socket" --pid-file="$slurm_dir/db/pid" \
         --bind-address=127.0.0.1 --port="$port"
     wait_until 60 database_answers || fail "mariadbd does not respond; see $log_dir/mariadbd.log"
-    sql -e "CREATE USER IF NOT EXISTS slurm@127.0.0.1 IDENTIFIED BY '$(database_password)';
+    # slurmdbd would create the database, but cannot use its connection after that: MariaDB's library
+    # (11.8.9) permits no columns once a connection failed, here because the database is missing.
+    sql -e "CREATE DATABASE IF NOT EXISTS slurm_acct_db;
+        CREATE USER IF NOT EXISTS slurm@127.0.0.1 IDENTIFIED BY '$(database_password)';
         GRANT ALL ON slurm_acct_db.* TO slurm@127.0.0.1;"
 }
 
@@ -95,14 +98,17 @@ ensure_accounting() {
     wait_until 60 accounts_answer || fail "slurmdbd does not respond; see $log_dir/slurmdbd.log"
 }
 
-# Two accounts of the user, one with one GPU for a job, and a QOS that permits ten minutes and one GPU.
+# Three accounts of the user, one with one GPU for a job, one below an account with one GPU for all
+# jobs together; and a QOS that permits ten minutes and one GPU.
 # slurmctld must run: it registers the GPUs.
 make_accounts() {
     local account
     [[ -z $(sacctmgr -n list user "$stack_user") ]] || return 0
     sacctmgr -i add qos short MaxWall=00:10:00 MaxTRESPerUser=gres/gpu=1 >&2
-    for account in research teaching; do
-        sacctmgr -i add account "$account" Description="$account" Organization=test >&2
+    sacctmgr -i add account science Description=science Organization=test GrpTRES=gres/gpu=1 >&2
+    for account in research teaching physics; do
+        sacctmgr -i add account "$account" Description="$account" Organization=test \
+            Parent="$([[ $account == physics ]] && printf science || printf root)" >&2
         sacctmgr -i add user "$stack_user" Account="$account" QOS=normal,short DefaultQOS=normal >&2
     done
     sacctmgr -i modify user "$stack_user" where Account=teaching set MaxTRES=gres/gpu=1 >&2

@@ -27,6 +27,9 @@ ACCOUNTING = {
     "AccountingStorageEnforce": "associations,limits,qos,safe",
 }
 
+# For rows of no user, sacctmgr answers another question.
+_ACCOUNTS_ONLY = """[ "$4" != "user=''" ] || set -- "$1" "$2" groups\n"""
+
 
 def partition(name: str, **changes: str) -> str:
     """Return a line of ``scontrol -o show partition``."""
@@ -72,6 +75,7 @@ class FakeSite:
     )
     default_account: str = "physics"
     accounts: tuple[str, ...] = ("physics|normal|normal,short|||", "chem|normal|normal,short|||")
+    groups: tuple[str, ...] = ("physics|science|", "chem|science|", "science|root|", "root||")
     qos: tuple[str, ...] = ("normal|||||", "short|04:00:00|cpu=32,mem=64G|gres/gpu=2||gres/gpu=100")
 
     def install(self, commands: FakeCommands) -> dict[str, str]:
@@ -84,9 +88,10 @@ class FakeSite:
             "-o show partition": "\n".join(self.partitions),
             "-o show node": "\n".join(self.nodes),
         }))  # fmt: skip
-        commands.add("sacctmgr", _cases("$3", {
+        commands.add("sacctmgr", _ACCOUNTS_ONLY + _cases("$3", {
             "user": self.default_account,
             "assoc": "\n".join(self.accounts),
+            "groups": "\n".join(self.groups),
             "qos": "\n".join(self.qos),
         }))  # fmt: skip
         return {"PATH": commands.path, "HOME": os.environ["HOME"]}

@@ -102,6 +102,7 @@ class Accounts:
         qos: the limits of every QOS that exists.
         usable: the QOS that the user can use with each account; the default one is the first.
         limits: those of each account, for this user.
+        groups: of each account: the one above it, and the limits of all its jobs together.
     """
 
     default: str | None = None
@@ -109,6 +110,15 @@ class Accounts:
     qos: Mapping[str, JobLimits] = field(default_factory=dict)
     usable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: Mapping[str, JobLimits] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, JobLimits]] = field(default_factory=dict)
+
+    def from_below(self, account: str) -> Iterator[tuple[str, JobLimits]]:
+        """Yield an account and those above it, each with the limits of all its jobs together."""
+        left = dict(self.groups)
+        while account in left:
+            above, limits = left.pop(account)
+            yield account, limits
+            account = above
 
 
 @dataclass(frozen=True)
@@ -281,8 +291,13 @@ def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -
         return None
     fields_ = ",".join(("name", "maxwall", *_LIMITED_RESOURCES))
     qos = attempt([*asked, "qos", f"format={fields_}"], environment) or ""
+    # The rows of no user are the accounts. A user's row inherits their limits for one job, but not
+    # those for all jobs together.
+    columns = "account,parentname,grptres"
+    shared = attempt([*asked, "assoc", "user=''", cluster, f"format={columns}"], environment) or ""
     rows = [line.strip().split("|") for line in listed.splitlines() if line.strip()]
     limits = [line.split("|") for line in qos.splitlines() if line.strip()]
+    groups = [line.split("|") for line in shared.splitlines() if line.strip()]
     return Accounts(
         default.strip().splitlines()[0] if default.strip() else None,
         tuple(sorted({row[0] for row in rows})),
@@ -290,6 +305,7 @@ def _ask_accounts(settings: Mapping[str, str], environment: Mapping[str, str]) -
         {account: _usable(first, names) for account, first, names, *_ in rows},
         {account: JobLimits(limit_seconds(wall), _least(most))
          for account, _, _, wall, *most in rows},
+        {account: (above, JobLimits(resources=_least(most))) for account, above, *most in groups},
     )  # fmt: skip
 
 

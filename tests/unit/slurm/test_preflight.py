@@ -190,6 +190,21 @@ def test_closed_partitions_are_found(
             {"account": "chem", "cpus_per_task": 4},
             None,
         ),
+        (
+            FakeSite(groups=("physics|science|cpu=64,gres/gpu=1", "science|root|", "root||")),
+            {"gpus_per_node": 2},
+            "2 GPUs, but the group limit of account 'physics' permits 1: it would wait forever",
+        ),
+        (
+            FakeSite(groups=("physics|science|", "science|root|", "root||gres/gpu=1,mem=1T")),
+            {"gpus_per_node": 2},
+            "2 GPUs, but the group limit of account 'root' (above 'physics') permits 1: it would",
+        ),
+        (
+            FakeSite(groups=("physics|science|", "chem|arts|", "arts|root|gres/gpu=1", "root||")),
+            {"gpus_per_node": 2},
+            None,
+        ),
     ],
 )
 def test_unknown_accounts_and_qos_are_found(

@@ -284,7 +284,10 @@ def _check_qos(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator[Finding
 
 
 def _check_association(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator[Finding]:
-    """Check the limits of the user's account; those of a QOS take precedence (man sacctmgr)."""
+    """Check the limits of the user's account and those above it.
+
+    The limits of a QOS take precedence (man sacctmgr).
+    """
     accounts = facts.accounts
     if accounts is None or slurm.qos is not None or not facts.enforces("limits"):
         return
@@ -294,6 +297,10 @@ def _check_association(facts: Facts, slurm: SlurmConfig, nodes: int) -> Iterator
         what = f"account {account!r}"
         yield from _check_time(what, limits, slurm)
         yield from _check_resources(what, "--account NAME", limits, slurm, nodes)
+        for name, shared in accounts.from_below(account):
+            above = "" if name == account else f" (above {account!r})"
+            what = f"group limit of account {name!r}{above}"
+            yield from _check_resources(what, "--account NAME", shared, slurm, nodes)
 
 
 def _check_time(what: str, limits: JobLimits, slurm: SlurmConfig) -> Iterator[Finding]:

@@ -38,3 +38,9 @@ def test_jobs_pass_there(inside: Callable[..., str]) -> None:
     required = ["env", "AIFLUX_REQUIRE_STACK=1"]
     printed = inside(*required, ".venv/bin/pytest", "-q", "-m", "not slow", *files)
     assert re.search(r"^\d\d+ passed", printed.splitlines()[-1]), printed[-6000:]
+
+
+def test_accounts_are_used_there(inside: Callable[..., str]) -> None:
+    test = "tests/integration/test_accounting.py"
+    printed = inside("env", "AIFLUX_REQUIRE_STACK=1", ".venv/bin/pytest", "-q", test)
+    assert re.search(r"^\d+ passed", printed.splitlines()[-1]), printed[-6000:]

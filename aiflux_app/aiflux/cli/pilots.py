@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from aiflux.slurm.submit import PlannedRun
 
 LONGEST = "01:00:00"
-_INTERVAL = 5.0
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 # The settings that determine the speed of a job; others may differ between two calls.
 _HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
 
@@ -335,8 +335,10 @@ def job_views(all_: Sequence[PlannedPilot]) -> list[RunView]:
 
     observers = [Observer(one.pilot.run) for one in all_]
     views = [observer.look() for observer in observers]
+    began = time.monotonic()
     while all_[0].asked.wait and not all(view.ended for view in views):
-        time.sleep(_INTERVAL)
+        waited = time.monotonic() - began
+        time.sleep(min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE))
         views = [observer.look() for observer in observers]
     return views
 

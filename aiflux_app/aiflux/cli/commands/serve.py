@@ -44,7 +44,7 @@ from aiflux.slurm.serve import (
 )
 from aiflux.slurm.tunnel import Tunnel
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.3, 5.0
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 _POLL = 1.0
 _REACH_TIMEOUT = 5.0
 _REACH_TRIES = 3
@@ -266,13 +266,13 @@ def _ready(directory: ServeDirectory) -> ServeView:
 
 def _wait(directory: ServeDirectory) -> ServeView:
     """Return an engine once it is ready or has ended."""
-    began, pause = time.monotonic(), _FIRST_PAUSE
+    began = time.monotonic()
     with _progress() as show:
         while (view := view_of(directory)).phase not in (READY, ENDED):
             why = f" ({view.why})" if view.why else ""
-            show(f"job {view.job}: {view.phase}{why}", time.monotonic() - began)
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            waited = time.monotonic() - began
+            show(f"job {view.job}: {view.phase}{why}", waited)
+            time.sleep(min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE))
     return view
 
 

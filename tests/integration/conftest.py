@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pwd
@@ -14,47 +15,44 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.conftest import LEFT_OUT
 
+T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 STACK_DIR = Path(os.environ.get("AIFLUX_STACK_DIR", "/var/tmp/aiflux-stack"))  # noqa: S108
 MODEL = "smollm2:135m"
 TINY = "tiny:latest"
+NO_SLURM = """\
+ClusterName=none
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=9
+MessageTimeout=2
+"""
+"""A configuration of Slurm whose slurmctld does not answer, for which commands wait ten seconds by
+default."""
 _PASSED = ("PIP_", "SSL_", "REQUESTS_CA", "CURL_CA", "CI", "LANG")
+_QUERY_PAUSE = 0.2  # seconds between two questions to Slurm
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
-_WITHOUT_SLURM = {
-    "test_airgap", "test_engine_contract", "test_examples", "test_image", "test_image_docker",
-    "test_memory", "test_models", "test_ollama", "test_vllm",
-}  # fmt: skip
-_SLURM_FIXTURES = {"cluster", "reader"}
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several processes (``-n``), run the tests of a group in the same one."""
+    if config.getoption("dist", "no") != "no":
+        config.option.dist = "loadgroup"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group all tests that use the cluster, as they look at all jobs of the user, and each file."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.stack)
-            fixtures = getattr(item, "fixturenames", ())
-            if item.path.stem in _WITHOUT_SLURM and not _SLURM_FIXTURES.isdisjoint(fixtures):
-                raise pytest.UsageError(f"{item.path.name} uses Slurm: remove it from the list")
-
-
-class _Halves(LoadScopeScheduling):
-    """Gives all tests that use the cluster to one process: they look at all jobs of the user."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        name = Path(nodeid.split("::", maxsplit=1)[0]).stem
-        return "without Slurm" if name in _WITHOUT_SLURM else "with Slurm"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Halves:
-    return _Halves(config, log)
+            uses_slurm = "cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("Slurm" if uses_slurm else item.path.stem))
 
 
 def _missing() -> str:
@@ -114,19 +112,21 @@ class User:
 
     Attributes:
         home: a new directory of the user, removed at the end.
+        slurm_conf: Slurm's configuration; without one, its commands fail.
         env: additional environment variables.
     """
 
     name: str
     home: Path
-    slurm_conf: str
+    slurm_conf: str | None = None
     env: dict[str, str] = field(default_factory=dict)
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if k.startswith(_PASSED)}
         path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         own = {"HOME": str(self.home), "USER": self.name, "SHELL": "/bin/bash", "PATH": path}
-        return {**kept, **own, "SLURM_CONF": self.slurm_conf, **self.env, **(more or {})}
+        slurm = {"SLURM_CONF": self.slurm_conf} if self.slurm_conf else {}
+        return {**kept, **own, **slurm, **self.env, **(more or {})}
 
     def command(self, command: Sequence[str | Path]) -> list[str]:
         if os.geteuid() != 0:
@@ -184,7 +184,7 @@ class User:
         return path
 
     def give(self, folder: Path) -> None:
-        """Make the user the owner of a directory tree; links are not followed."""
+        """Make the user the owner of a file or directory tree; links are not followed."""
         if os.geteuid() == 0:
             subprocess.run(["chown", "-hR", f"{self.name}:", str(folder)], check=True)
 
@@ -204,16 +204,16 @@ class User:
     def none_left(self, timeout: float = 20) -> bool:
         """Return whether all started processes end within the timeout."""
         deadline = time.monotonic() + timeout
-        while self.processes() and time.monotonic() < deadline:
+        while (some := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return not self.processes()
+        return not some
 
 
 @pytest.fixture(scope="session")
 def user(stack: dict[str, str]) -> Iterator[User]:
     name = stack["AIFLUX_STACK_USER"] if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
     home = Path(stack["AIFLUX_STACK_HOME"]) / f"test-{uuid.uuid4().hex[:8]}"
-    user = User(name, home, stack["SLURM_CONF"])
+    user = User(name, home)
     user.run("mkdir", "-p", home, cwd=Path("/"))
     # Downloads are kept between test runs.
     user.env["AIFLUX_CACHE_DIR"] = str(Path(stack["AIFLUX_STACK_HOME"]) / ".cache" / "aiflux")
@@ -247,18 +247,43 @@ def aiflux(checkout: Path) -> Path:
     return checkout / ".venv" / "bin" / "aiflux"
 
 
+Build = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def image(user: User, checkout: Path) -> Path:
+def build(
+    user: User, checkout: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Build:
+    """Return a function that builds an image, or copies the one of another process of this run."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def build(name: str, *words: str) -> Path:
+        target, built = checkout / name, shared / name
+        with open(shared / f"{name}.lock", "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if built.exists():
+                shutil.copy(built, target)
+                user.give(target)
+            else:
+                user.run("make", "image", "BASE=debian", *words, cwd=checkout, timeout=900)
+                built.unlink(missing_ok=True)
+                built.symlink_to(target)
+        return target
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def image(build: Build) -> Path:
     """The image, built by the user from the Debian base."""
-    user.run("make", "image", "BASE=debian", cwd=checkout, timeout=900)
-    return checkout / "aiflux.sif"
+    return build("aiflux.sif")
 
 
 @pytest.fixture(scope="session")
-def llama_image(user: User, checkout: Path) -> Path:
+def llama_image(build: Build) -> Path:
     """The image with llama.cpp, built by the user from the Debian base."""
-    user.run("make", "image", "ENGINE=llamacpp", "BASE=debian", cwd=checkout, timeout=900)
-    return checkout / "aiflux-llamacpp.sif"
+    return build("aiflux-llamacpp.sif", "ENGINE=llamacpp")
 
 
 @pytest.fixture(scope="session")
@@ -292,20 +317,31 @@ def models(user: User, checkout: Path, ollama: Path) -> Path:
     """A models directory with the small model."""
     folder = user.folder("models")
     user.run(checkout / "container" / "demo-model.sh", ollama, folder, MODEL)
+    create_model(user, folder, ollama, MODEL, f"FROM {MODEL}")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(user: User, models: Path, ollama: Path) -> str:
     """A random model of half a megabyte, for tests in which the words do not matter."""
-    return create_model(user, models, ollama, TINY)
+    return create_tiny(user, models, ollama, TINY)
 
 
-def create_model(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str:
+def create_tiny(user: User, models: Path, ollama: Path, name: str, *kind: str) -> str:
     """Create a model of make_tiny_gguf.py in the models directory; return its name."""
     gguf = user.home / "tiny.gguf"
     user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", gguf, *kind)
-    user.write(user.home / "Modelfile", f"FROM {gguf}\nPARAMETER num_predict 16\n")
+    create_model(user, models, ollama, name, f"FROM {gguf}", "PARAMETER num_predict 16")
+    return name
+
+
+def create_model(user: User, models: Path, ollama: Path, name: str, *modelfile: str) -> None:
+    """Create a model that is computed with one thread, for tests only.
+
+    Several engines share the cores here. Ollama has a thread for each core; threads that wait for
+    one another spin, so requests would take ten times as long.
+    """
+    user.write(user.home / "Modelfile", "\n".join([*modelfile, "PARAMETER num_thread 1", ""]))
     script = user.write(
         user.home / "create.sh",
         "#!/bin/bash\n"
@@ -319,7 +355,6 @@ def create_model(user: User, models: Path, ollama: Path, name: str, *kind: str) 
     )
     port = 20000 + random.randrange(20000)
     user.run("bash", script, ollama, models, str(port), name, timeout=120)
-    return name
 
 
 @pytest.fixture
@@ -388,6 +423,28 @@ def answers(output: Path) -> dict[str, str]:
     }
 
 
+def until(
+    holds: Callable[[], T],
+    awaited: Callable[[], str] | str,
+    seconds: float = 120,
+    pause: float = 0.02,
+) -> T:
+    """Return what a condition returns once it holds; else fail with what was awaited."""
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        if time.monotonic() > deadline:
+            text = awaited if isinstance(awaited, str) else awaited()
+            pytest.fail(f"after {seconds:g} s, still waiting for {text}")
+        time.sleep(pause)
+    return found
+
+
+def recorded(place: Path, output: str = "out.json") -> int:
+    """Return the number of results in the journals of a run."""
+    journals = (place / f"{output}.aiflux" / "journal").glob("*.jsonl")
+    return sum(journal.read_bytes().count(b"\n") for journal in journals)
+
+
 def shard_status(place: Path) -> dict[str, Any]:
     """Return the status of the first shard of the only run below ``place``."""
     (path,) = place.glob("*.aiflux/status/shard-0000.json")
@@ -415,16 +472,17 @@ class Cluster:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait_for(self, job: str, *states: str, timeout: float = 180) -> dict[str, str]:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+        def reached() -> dict[str, str]:
             fields = self.fields(job)
-            if fields["JobState"] in states:
-                return fields
-            time.sleep(0.5)
-        shown = self.user.run("scontrol", "show", "job", job)
-        path = shown.partition("StdOut=")[2].partition("\n")[0]  # may contain spaces
-        log = self.user.run("tail", "-n", "60", path, code=None)
-        pytest.fail(f"job {job} after {timeout} s, waiting for {states}:\n{shown}\n{log}")
+            return fields if fields["JobState"] in states else {}
+
+        def awaited() -> str:
+            shown = self.user.run("scontrol", "show", "job", job)
+            path = shown.partition("StdOut=")[2].partition("\n")[0]  # may contain spaces
+            log = self.user.run("tail", "-n", "60", path, code=None)
+            return f"job {job} to be {' or '.join(states)}:\n{shown}\n{log}"
+
+        return until(reached, awaited, timeout, _QUERY_PAUSE)
 
     def end(self, job: str, timeout: float = 600) -> JobEnd:
         fields = self.wait_for(job, *_FINAL, timeout=timeout)
@@ -436,8 +494,21 @@ class Cluster:
         assert len(logs) == 1, f"logs of job {job}: {logs}"
         return logs[0].read_text(encoding="utf-8", errors="replace")
 
+    def left(self, job: str, timeout: float = 180) -> None:
+        """Wait until a job and its tasks have left the queue."""
+        listed = ("squeue", "-h", "-j", job)
+        until(
+            lambda: not self.user.run(*listed, code=None).strip(),
+            f"job {job} to leave the queue",
+            timeout,
+            _QUERY_PAUSE,
+        )
+
 
 @pytest.fixture
-def cluster(user: User) -> Iterator[Cluster]:
+def cluster(stack: dict[str, str], user: User) -> Iterator[Cluster]:
+    """Slurm. A test without this fixture can use none, as it may run next to those that do."""
+    user.slurm_conf = stack["SLURM_CONF"]
     yield Cluster(user)
     user.run("scancel", "-u", user.name, code=None)
+    user.slurm_conf = None

@@ -7,14 +7,13 @@ import itertools
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import REPOSITORY, User
+from tests.integration.conftest import REPOSITORY, User, until
 from tests.tools.make_tiny_gguf import tiny
 
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -102,12 +101,15 @@ class Reader:
 
     def settle(self, timeout: float = 400) -> None:
         """Wait until all jobs have ended, and check that they succeeded."""
-        deadline = time.monotonic() + timeout
-        while active := {job for job, state in self.jobs().items() if state not in _ENDED}:
-            if time.monotonic() > deadline:
-                shown = [self.user.run("scontrol", "show", "job", job, code=None) for job in active]
-                pytest.fail("\n".join([f"not ended after {timeout} s:", *shown, self.logs()]))
-            time.sleep(0.5)
+
+        def active() -> list[str]:
+            return [job for job, state in self.jobs().items() if state not in _ENDED]
+
+        def shown() -> str:
+            jobs = [self.user.run("scontrol", "show", "job", job, code=None) for job in active()]
+            return "\n".join(["the end of all jobs:", *jobs, self.logs()])
+
+        until(lambda: not active(), shown, timeout, pause=0.2)
         bad = {job: state for job, state in self.jobs().items() if state not in _GOOD_ENDS}
         if new := bad.keys() - self.reported:
             self.reported |= new

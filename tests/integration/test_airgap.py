@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import FRANCE, MODEL, User, answers, lines, request, shard_status
+from tests.integration.conftest import (
+    FRANCE,
+    MODEL,
+    User,
+    answers,
+    lines,
+    recorded,
+    request,
+    shard_status,
+    until,
+)
 from tests.unit.made_snapshots import COMMIT, put_pulled
 
 SLURM = {"sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol", "srun"}
@@ -378,15 +387,6 @@ def listening(pid: int) -> list[int]:
     ]
 
 
-def wait_for_results(journal: Path) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        if journal.exists() and b"\n" in journal.read_bytes():
-            return
-        time.sleep(0.2)
-    pytest.fail("no result arrived")
-
-
 @contextmanager
 def running(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> Iterator[Engine]:
     """Run for a while, and yield the engine."""
@@ -397,7 +397,7 @@ def running(user: User, aiflux: Path, place: Path, models: Path, *more: str) -> 
         "--models-dir", models, "--drain-seconds", "0", *more, cwd=place,
     )  # fmt: skip
     try:
-        wait_for_results(place / "out.json.aiflux" / "journal" / "shard-0000.jsonl")
+        until(lambda: recorded(place), "a result", 180)
         yield engine_of(run.pid)
     finally:
         run.send_signal(signal.SIGTERM)

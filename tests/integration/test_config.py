@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import User
+from tests.integration.conftest import NO_SLURM, User
 from tests.tools.make_sif import make_sif
 
+pytestmark = pytest.mark.usefixtures("cluster")
 REQUEST = {
     "custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
     "body": {"model": "m:1", "messages": [{"role": "user", "content": "Hi"}]},
@@ -51,8 +52,7 @@ def test_the_doctor_accepts_the_first_settings(user: User, checkout: Path, folde
 
 
 def test_without_slurm_the_file_says_so(user: User, checkout: Path, folder: Path) -> None:
-    conf = "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
-    user.write(folder / "none.conf", conf)
+    user.write(folder / "none.conf", NO_SLURM)
     env = {"SLURM_CONF": str(folder / "none.conf")}
     init = (checkout / ".venv/bin/aiflux", "config", "init", "--output", "none.yaml", "--force")
     assert "every setting has its default" in user.run(*init, cwd=folder, env=env)

@@ -22,7 +22,7 @@ from aiflux.engines.ollama.api import ollama_environment
 from aiflux.engines.ollama.store import model_digest
 from aiflux.engines.process import ServerProcess
 from aiflux.models.name import parse_model_name
-from tests.integration.conftest import REPOSITORY, User
+from tests.integration.conftest import REPOSITORY, Cluster, User, create_model
 from tests.integration.reader import MODEL, Reader, commands, furnish, page_blocks
 
 PAGES = {
@@ -276,15 +276,12 @@ PULLING = {"docs/models.md", "docs/reference.md"}
 
 
 @pytest.fixture(scope="session")
-def tiny_models(user: User, checkout: Path, ollama: Path) -> Path:
+def tiny_models(user: User, ollama: Path) -> Path:
     """A models directory with a random model under the names used on the pages."""
     folder = user.folder("models of the pages")
-    user.run("python3", checkout / "tests/tools/make_tiny_gguf.py", folder / "tiny.gguf")
+    user.run("python3", REPOSITORY / "tests/tools/make_tiny_gguf.py", folder / "tiny.gguf")
     for name in (MODEL, "smollm2:135m"):
-        user.run(
-            checkout / ".venv/bin/aiflux", "models", "import", "--gguf", folder / "tiny.gguf",
-            "--name", name, "--models-dir", folder, env={"AIFLUX_OLLAMA": str(ollama)},
-        )  # fmt: skip
+        create_model(user, folder, ollama, name, f"FROM {folder / 'tiny.gguf'}")
     return folder
 
 
@@ -330,8 +327,8 @@ def equipped(user: User, checkout: Path) -> Path:
 
 @pytest.fixture
 def reader(
-    user: User, equipped: Path, image: Path, tiny_models: Path, engine: str
-) -> Iterator[Reader]:
+    user: User, equipped: Path, image: Path, tiny_models: Path, engine: str, cluster: Cluster
+) -> Reader:
     place = user.folder(f"{uuid.uuid4().hex[:6]} a reader's, place")
     furnish(user, equipped, image, place)
     user.run("cp", "-r", tiny_models, place / "store")
@@ -344,10 +341,7 @@ def reader(
     digest = model_digest(tiny_models, parse_model_name(MODEL))
     assert digest is not None
     changes = {**HERE, "http://127.0.0.1:8000": engine, DIGEST: digest[:12]}
-    reader = Reader(user, place, env, changes)
-    yield reader
-    for job in reader.jobs():
-        user.run("scancel", job, code=None)
+    return Reader(user, place, env, changes)
 
 
 @pytest.mark.parametrize("page", PAGES)

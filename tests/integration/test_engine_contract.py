@@ -167,7 +167,9 @@ class RealVllm(ProgramSite):
         model = put_tiny(folder / "tiny")
         self.model, self.digest = str(model), snapshot_digest(model)
         self.absent = str(folder / "absent")
-        self.options["engine_env"] = {"VLLM_CACHE_ROOT": str(folder / "cache")}
+        self.options["engine_env"] = {
+            "VLLM_CACHE_ROOT": str(folder / "cache"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         self.options["context_length"] = 256
         self.wrap([str(program)])
 

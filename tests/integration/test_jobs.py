@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 import uuid
 from pathlib import Path
 
@@ -23,8 +22,10 @@ from tests.integration.conftest import (
     User,
     answers,
     lines,
+    recorded,
     request,
     shard_status,
+    until,
 )
 
 
@@ -207,11 +208,7 @@ def test_scancel_leaves_no_process_and_the_same_command_resumes(
                "--drain-seconds", "2"]  # fmt: skip
     job = submitted(user.run(*command, cwd=place, env=job_env))
     journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= 2:
-            break
-        time.sleep(0.2)
+    until(lambda: recorded(place) >= 2, "2 results", 240)
     user.run("scancel", job)
     end = cluster.end(job, timeout=180)
     assert end.state == "CANCELLED"
@@ -353,6 +350,7 @@ def test_a_missing_input_is_exit_2(
     assert sorted(path.name for path in place.iterdir()) == [f"slurm-{job}.out"]
 
 
+@pytest.mark.usefixtures("cluster")
 def test_an_sbatch_error_is_exit_2_with_its_message(
     user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
 ) -> None:

@@ -44,7 +44,8 @@ def local(checkout: Path, llama_server: Path, models: Path) -> list[str | Path]:
     """``aiflux run --local`` with the llama-server of the test stack."""
     settings = [f"AIFLUX_ENGINE_PROGRAM={llama_server}", f"AIFLUX_MODELS_DIR={models}"]
     return ["env", *settings, checkout / ".venv/bin/aiflux", "run", "--local", "--engine",
-            "llamacpp", "--input", "in.jsonl", "--output", "out.json"]  # fmt: skip
+            "llamacpp", "--engine-arg", "threads=1", "--input", "in.jsonl", "--output",
+            "out.json"]  # fmt: skip
 
 
 def test_a_model_that_ollama_pulled_answers(
@@ -226,6 +227,7 @@ def test_the_image_has_labels_and_runs(user: User, llama_image: Path, models: Pa
     assert user.none_left(), user.processes()
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_job_uses_the_image_of_its_engine(
     user: User, checkout: Path, llama_image: Path, job_env: dict[str, str]
 ) -> None:

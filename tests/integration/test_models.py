@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from aiflux.engines.ollama.staging import staged_folder
 from aiflux.engines.ollama.store import missing_parts, model_digest, read_manifest
 from aiflux.engines.process import ServerProcess
 from aiflux.models.name import parse_model_name
-from tests.integration.conftest import REPOSITORY, User, answers, lines, request
+from tests.integration.conftest import REPOSITORY, User, answers, lines, request, until
 from tests.unit.made_models import tree
 
 WEIGHTS = 60_000_000
@@ -136,11 +135,15 @@ def site(tmp_path: Path, ollama: Path, pushed: str) -> Site:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
+    """Wait until a condition holds while a process runs; it may hold for a moment only."""
+
+    def reached() -> bool:
+        if condition():
+            return True
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        return False
+
+    until(reached, f"a step of {process.args}", 60, pause=0.005)
 
 
 def test_a_model_is_pulled_once(site: Site) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,19 @@ from tests.integration.conftest import (
     User,
     answers,
     counted,
-    create_model,
+    create_tiny,
     lines,
+    recorded,
     request,
     shard_status,
+    until,
 )
 
 
 @pytest.fixture(scope="session")
 def embedder(user: User, models: Path, ollama: Path, checkout: Path) -> str:
     """The same as an embedding model."""
-    return create_model(user, models, ollama, "embedder:latest", "embeddings")
+    return create_tiny(user, models, ollama, "embedder:latest", "embeddings")
 
 
 @pytest.fixture
@@ -206,18 +207,15 @@ class RunningWorker:
         self.place = place
         self.process = user.popen(*local, cwd=place)
 
-    @property
-    def journal(self) -> Path:
-        return self.place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
-
     def results(self) -> int:
-        return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
+        return recorded(self.place)
 
     def wait_for(self, results: int, timeout: float = 90) -> None:
-        deadline = time.monotonic() + timeout
-        while self.results() < results and self.process.poll() is None:
-            assert time.monotonic() < deadline, f"only {self.results()} results"
-            time.sleep(0.02)
+        until(
+            lambda: self.results() >= results or self.process.poll() is not None,
+            lambda: f"{results} results; there are {self.results()}",
+            timeout,
+        )
 
     def child(self, *words: str) -> int:
         """Return the pid of a descendant whose command line contains all words."""

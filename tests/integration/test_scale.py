@@ -6,14 +6,21 @@ import json
 import os
 import pwd
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Cluster, User, answers, lines, request
+from tests.integration.conftest import (
+    Cluster,
+    User,
+    answers,
+    lines,
+    recorded,
+    request,
+    until,
+)
 from tests.integration.test_jobs import submitted
 from tests.tools.faulty_engine import FaultyEngine
 
@@ -63,17 +70,9 @@ def submit(user: User, checkout: Path, image: Path, place: Path, engine: FaultyE
     return submit
 
 
-def done(place: Path, name: str) -> int:
-    """Return the number of results in a run's journals."""
-    journals = (place / f"{name}.json.aiflux" / "journal").glob("*.jsonl")
-    return sum(journal.read_bytes().count(b"\n") for journal in journals)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "timeout"
-        time.sleep(0.2)
+def until_done(place: Path, name: str, count: int) -> None:
+    """Wait for results of a run."""
+    until(lambda: recorded(place, f"{name}.json") >= count, f"{count} results of {name}")
 
 
 def is_whole(place: Path, name: str, count: int, prompt: str = "say") -> None:
@@ -139,47 +138,48 @@ def test_time_limits_shorter_than_the_work(
 def test_a_requeue_and_a_signal_during_a_run(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
-    again = submit("again", 40)
-    signalled = submit("signalled", 40)
-    wait_until(lambda: done(place, "again") >= 3 and done(place, "signalled") >= 3)
+    again = submit("again", 24)
+    signalled = submit("signalled", 24)
+    for name in ("again", "signalled"):
+        until_done(place, name, 3)
     user.run("scontrol", "requeue", again)
     user.run("scancel", "--signal=TERM", "--batch", signalled)
     end = cluster.end(signalled)
     assert end.code == 5, cluster.log(signalled, place / "signalled.json.aiflux")
     assert not (place / "signalled.json").exists()
-    kept = done(place, "signalled")
-    assert 3 <= kept < 40
+    kept = recorded(place, "signalled.json")
+    assert 3 <= kept < 24
     resumed = user.run(aiflux, "resume", signalled, "--time", "00:30:00", cwd=place)
     second = submitted(resumed)
     assert cluster.end(second).code == 0, cluster.log(second, place / "signalled.json.aiflux")
-    is_whole(place, "signalled", 40)
+    is_whole(place, "signalled", 24)
     end = cluster.end(again)
     assert (end.state, end.code) == ("COMPLETED", 0)
     assert end.fields["Restarts"] == "1"
-    is_whole(place, "again", 40)
+    is_whole(place, "again", 24)
     for name in ("again", "signalled"):
-        assert done(place, name) == 40, "no result was recorded twice"
+        assert recorded(place, f"{name}.json") == 24, "no result was recorded twice"
 
 
 def test_a_cancelled_array_resumes_the_rest(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit, engine: FaultyEngine
 ) -> None:
-    job = submit("arr", 60, shards=3, max_running=2)
-    wait_until(lambda: done(place, "arr") >= 8)
+    job = submit("arr", 39, shards=3, max_running=2)
+    until_done(place, "arr", 8)
     user.run(aiflux, "cancel", "arr.json", cwd=place)
-    wait_until(lambda: not user.run("squeue", "-h", "-j", job, code=None).strip())
+    cluster.left(job)
     assert not (place / "arr.json").exists()
     user.run(aiflux, "merge", "arr.json", cwd=place, code=5)
     user.run(aiflux, "merge", "arr.json", "--partial", cwd=place)
     partial = answers(place / "arr.partial.json")
-    assert 8 <= len(partial) < 60
+    assert 8 <= len(partial) < 39
     second = submitted(user.run(aiflux, "resume", "arr.json", cwd=place))
     assert "is already" in user.run(aiflux, "resume", "arr.json", cwd=place, code=2)
     code = user.popen(aiflux, "watch", second, cwd=place)
     printed, _ = code.communicate(timeout=300)
     assert code.returncode == 0, printed
-    is_whole(place, "arr", 60)
-    assert {engine.seen[f"say arr {i}"] for i in range(60)} <= {1, 2}
+    is_whole(place, "arr", 39)
+    assert {engine.seen[f"say arr {i}"] for i in range(39)} <= {1, 2}
     assert "already finished" in user.run(aiflux, "merge", "arr.json", cwd=place)
     assert "already finished" in user.run(aiflux, "resume", "arr.json", cwd=place)
 
@@ -187,10 +187,10 @@ def test_a_cancelled_array_resumes_the_rest(
 def test_a_killed_shard_is_detected_and_resumed(
     user: User, aiflux: Path, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
-    job = submit("killed", 60, shards=2)
-    wait_until(lambda: done(place, "killed") >= 6)
+    job = submit("killed", 36, shards=2)
+    until_done(place, "killed", 6)
     user.run("scancel", "--signal=KILL", "--full", f"{job}_1")
-    wait_until(lambda: not user.run("squeue", "-h", "-j", job, code=None).strip(), timeout=180)
+    cluster.left(job)
     view = json.loads(user.run(aiflux, "status", "killed.json", "--json", cwd=place))
     first, second = (shard["state"] for shard in view["shards"])
     assert first == "done"
@@ -201,7 +201,7 @@ def test_a_killed_shard_is_detected_and_resumed(
     code = user.popen(aiflux, "watch", submitted(printed), cwd=place)
     printed, _ = code.communicate(timeout=240)
     assert code.returncode == 0, printed
-    is_whole(place, "killed", 60)
+    is_whole(place, "killed", 36)
 
 
 def test_more_shards_than_one_array_holds(
@@ -223,8 +223,8 @@ def test_more_shards_than_one_array_holds(
 def test_a_preempted_job_continues_by_itself(
     user: User, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
-    job = submit("pre", 40)
-    wait_until(lambda: done(place, "pre") >= 4)
+    job = submit("pre", 24)
+    until_done(place, "pre", 4)
     urgent = user.run(
         "sbatch", "--parsable", "--partition", "urgent", "--nodes", "2", "--exclusive",
         "--output", "/dev/null", "--wrap", "sleep 3",
@@ -233,16 +233,16 @@ def test_a_preempted_job_continues_by_itself(
     end = cluster.end(job)
     assert (end.state, end.code) == ("COMPLETED", 0), cluster.log(job, place / "pre.json.aiflux")
     assert int(end.fields["Restarts"]) >= 1
-    is_whole(place, "pre", 40)
-    assert done(place, "pre") == 40
+    is_whole(place, "pre", 24)
+    assert recorded(place, "pre.json") == 24
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can take a node down")
 def test_a_node_that_goes_down(
     stack: dict[str, str], user: User, cluster: Cluster, place: Path, submit: Submit
 ) -> None:
-    job = submit("moves", 60)
-    wait_until(lambda: done(place, "moves") >= 4)
+    job = submit("moves", 30)
+    until_done(place, "moves", 4)
     node = cluster.fields(job)["NodeList"]
     control(stack, f"nodename={node}", "state=down", "reason=test")
     try:
@@ -252,7 +252,7 @@ def test_a_node_that_goes_down(
         control(stack, f"nodename={node}", "state=resume", check=False)
     assert (end.state, end.code) == ("COMPLETED", 0), cluster.log(job, place / "moves.json.aiflux")
     assert int(end.fields["Restarts"]) >= 1, "the node was down"
-    is_whole(place, "moves", 60)
+    is_whole(place, "moves", 30)
 
 
 @pytest.mark.parametrize("more", [0, 1, 3, 6, 12])

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +20,21 @@ import pytest
 import requests
 
 from aiflux.engines.process import free_port
-from tests.integration.conftest import FRANCE, MODEL, Cluster, User, answers, lines, request
-from tests.unit.made_serves import MadeServe, until
+from tests.integration.conftest import (
+    FRANCE,
+    MODEL,
+    Cluster,
+    User,
+    answers,
+    lines,
+    recorded,
+    request,
+    until,
+)
+from tests.unit.made_serves import MadeServe
 
-JOB = ["--gpus-per-node", "0", "--time", "0:10:00", "--mem", "2G", "--cpus-per-task", "2"]
+JOB = ["--gpus-per-node", "0", "--time", "0:10:00", "--mem", "2G", "--cpus-per-task", "1",
+       "--engine-arg", "threads=1"]  # fmt: skip
 SSHD = Path("/usr/sbin/sshd")
 
 
@@ -47,11 +57,11 @@ class Serving:
 
     def wait(self, name: str, *states: str, timeout: float = 120) -> dict[str, Any]:
         def found() -> dict[str, Any] | None:
-            time.sleep(1)
             entry = self.listed(name)
             return entry if entry["state"] in states else None
 
-        entry: dict[str, Any] = until(found, timeout)
+        entry = until(found, f"{name} to be {' or '.join(states)}", timeout, pause=0.5)
+        assert entry is not None
         return entry
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
@@ -189,7 +199,7 @@ def printed_by(process: subprocess.Popen[str], wanted: str) -> Callable[[], str]
     reader.start()
 
     def printed() -> str:
-        until(lambda: wanted in "".join(got) or not reader.is_alive(), 90)
+        until(lambda: wanted in "".join(got) or not reader.is_alive(), repr(wanted), 90)
         return "".join(got)
 
     return printed
@@ -216,7 +226,7 @@ def test_a_tunnel_survives_preemption(
         run = serving.popen("run", "in.jsonl", "-o", "out.json", "--engine-url", "serve:two",
                             "--engine-wait", "180")  # fmt: skip
         started.append(run)
-        time.sleep(3)
+        until(lambda: recorded(serving.place) > 1, "2 results")
         urgent = serving.user.run(
             "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1",
             "--exclusive", "--mem=1G", "--time=1", "--output=urgent.out", "--wrap", "sleep 8",
@@ -227,7 +237,7 @@ def test_a_tunnel_survives_preemption(
         cluster.end(urgent)
         entry = serving.wait("two", "ready", timeout=120)
         assert entry["job"] == first["job"]
-        until(lambda: "Paris" in retried(client), 60)
+        until(lambda: "Paris" in retried(client), "an answer through the tunnel", 60, pause=0.5)
         output, _ = run.communicate(timeout=400)
         assert run.returncode == 0, output
         assert len(answers(serving.place / "out.json")) == 60
@@ -246,7 +256,6 @@ def retried(client: openai.OpenAI) -> str:
     try:
         return ask(client)
     except openai.APIConnectionError:
-        time.sleep(1)
         return ""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from aiflux.image.sif import machine_arch, read_image
 from aiflux.slurm.cluster import ask_cluster
 from aiflux.slurm.preflight.cluster import check_job_image, cluster_checks
 from aiflux.slurm.preflight.local import Finding, collect
-from tests.integration.conftest import Cluster, User, request
+from tests.integration.conftest import NO_SLURM, Cluster, User, request, until
 from tests.integration.conftest import lines as request_lines
 
+pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = {"mem": "1G", "cpus_per_task": 1, "time": "5"}
 
 
@@ -57,10 +57,12 @@ def test_a_job_that_fits_has_no_findings(facts_env: dict[str, str]) -> None:
 
 def reasoned(cluster: Cluster, job: str) -> dict[str, str]:
     """Return a job once its reason is known: Slurm 24.11 has none until it first tries a job."""
-    deadline = time.monotonic() + 30
-    while (fields := cluster.fields(job))["Reason"] == "None" and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return fields
+
+    def known() -> dict[str, str]:
+        fields = cluster.fields(job)
+        return {} if fields["Reason"] == "None" else fields
+
+    return until(known, f"the reason why job {job} waits", 30)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,7 @@ def test_the_doctor_describes_the_real_site(user: User, checkout: Path, image: P
 
 def test_the_doctor_reports_missing_parts(user: User, checkout: Path) -> None:
     place = user.folder("doctor")
-    conf = "ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n"
-    user.write(place / "none.conf", conf)
+    user.write(place / "none.conf", NO_SLURM)
     env = {"SLURM_CONF": str(place / "none.conf"), "AIFLUX_IMAGE": str(place / "none.sif")}
     printed = user.run(checkout / ".venv/bin/aiflux", "doctor", cwd=place, env=env, code=2)
     assert "FAIL image: " in printed

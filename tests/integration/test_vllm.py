@@ -7,8 +7,7 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ import pytest
 from aiflux.engines.server_options import refuse_managed
 from aiflux.engines.vllm.options import MANAGED
 from aiflux.models.tokenizer import snapshot_tokenizer
-from tests.integration.conftest import PROMPTS, User, counted, lines, request, shard_status
+from tests.integration.conftest import (
+    PROMPTS,
+    User,
+    lines,
+    request,
+    shard_status,
+    until,
+)
 from tests.integration.test_ollama import RunningWorker
 from tests.tools.make_adapters import put_peft
 from tests.tools.make_tiny_snapshot import put_tiny, tiny_files
@@ -26,15 +32,16 @@ from tests.unit.made_snapshots import COMMIT, put_pulled
 REQUESTS = 60
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plain(vllm: Path, user: User, checkout: Path) -> list[str | Path]:
     """``aiflux run --local`` with the vLLM of the test stack."""
     settings = [f"AIFLUX_ENGINE_PROGRAM={vllm}", f"AIFLUX_MODELS_DIR={user.home / 'models'}"]
     return ["env", *settings, checkout / ".venv/bin/aiflux", "run", "--local", "--engine", "vllm",
-            "--input", "in.jsonl", "--output", "out.json"]  # fmt: skip
+            "--engine-env", "OMP_NUM_THREADS=1", "--input", "in.jsonl", "--output",
+            "out.json"]  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def local(plain: list[str | Path], user: User) -> list[str | Path]:
     """The same; vLLM keeps what it knows of an architecture, which halves the time of a start."""
     return [*plain, "--engine-env", f"VLLM_CACHE_ROOT={user.home / 'vllm-cache'}"]
@@ -54,13 +61,6 @@ def tiny_ranker(user: User, vllm: Path) -> Path:
     model = put_tiny(user.folder("tiny ranker"), labels=1)
     user.give(model)
     return model
-
-
-def until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.2)
 
 
 def shared_memory(user: User) -> set[str]:
@@ -138,7 +138,9 @@ def test_two_runs_at_once_with_a_home_that_cannot_be_written(
         lambda: (
             len([*place.glob("scratch/aiflux-*/engine-0/.cache/vllm")]) == 2
             or any(run.poll() is not None for run in runs)
-        )
+        ),
+        "the caches of two engines",
+        300,
     )
     caches = [*place.glob("scratch/aiflux-*/engine-0/.cache/vllm")]
     printed = [run.communicate(timeout=400)[0] for run in runs]
@@ -149,18 +151,6 @@ def test_two_runs_at_once_with_a_home_that_cannot_be_written(
     (result,) = json.loads((place / "two/out.json").read_text(encoding="utf-8"))
     assert "Paris" in result["output"]["choices"][0]["message"]["content"]
     assert [*(place / "home").iterdir()] == [*(place / "scratch").iterdir()] == []
-
-
-def test_prompts_are_counted_as_the_server_counts_them(
-    user: User, place: Path, local: list[str | Path], hub_model: Path
-) -> None:
-    asked = (request(f"r{at}", prompt, model=None, max_tokens=1)
-             for at, prompt in enumerate(PROMPTS))  # fmt: skip
-    user.write(place / "in.jsonl", lines(*asked))
-    user.run(*local, "--model", hub_model, "--slots", "4", "--context-length", "1024", cwd=place)
-    counts = counted(place / "out.json", snapshot_tokenizer(hub_model).count_chat)
-    assert len(counts) == len(PROMPTS)
-    assert all(theirs == ours for theirs, ours in counts.values()), counts
 
 
 def failed_start(
@@ -261,40 +251,75 @@ TOOL = {
 }  # fmt: skip
 
 
-def test_adapters_parsers_and_options_in_one_engine(
-    user: User, place: Path, local: list[str | Path], hub_model: Path
-) -> None:
-    """Requests choose the model or an adapter; a forced tool call is an answer without text."""
+FORM = {"type": "json_schema", "name": "n", "schema": {"enum": [{"n": 1}, {"n": 2}]}}
+RESPONSES: list[dict[str, Any]] = [
+    {"input": "Count to 90.", "max_output_tokens": 4},
+    {"input": [{"type": "message", "role": "user", "content": "Hello"}], "background": True},
+    {"input": "Hello", "max_output_tokens": 60, "text": {"format": FORM}},
+]
+ADAPTERS = {"plain": None, "one": "one", "two": "two", "again": "one"}
+
+
+@pytest.fixture(scope="module")
+def answered(user: User, local: list[str | Path], hub_model: Path) -> Path:
+    """A directory with answers of one vLLM, whose start takes half a minute, to all kinds of
+    requests: for the model or an adapter, with a tool, to count tokens, and at /v1/responses.
+    """
+    place = user.folder("one vLLM for many requests")
     config = json.loads((hub_model / "config.json").read_bytes())
     for seed, name in enumerate(("one", "two")):
         # Of rank 12, as --max-lora-rank has few values; large enough to change every answer.
         put_peft(place / name, config, 12, seed=seed, base_model_name_or_path="smollm2")
-    asked = {"plain": None, "one": "one", "two": "two", "again": "one"}
-    tools = request("tool", "How is the weather in Paris?", model=None, tools=[TOOL],
-                    tool_choice="required", max_tokens=64)  # fmt: skip
-    user.write(place / "in.jsonl", lines(tools, *(
-        request(each, "What is the capital of France?", model=model)
-        for each, model in asked.items())))  # fmt: skip
+    asked = [
+        request("tool", "How is the weather in Paris?", model=None, tools=[TOOL],
+                tool_choice="required", max_tokens=64),
+        *(request(each, "What is the capital of France?", model=model)
+          for each, model in ADAPTERS.items()),
+        *(request(f"prompt {at}", prompt, model=None, max_tokens=1)
+          for at, prompt in enumerate(PROMPTS)),
+        *({"custom_id": f"response {at}", "url": "/v1/responses", "body": body}
+          for at, body in enumerate(RESPONSES)),
+    ]  # fmt: skip
+    user.write(place / "in.jsonl", lines(*asked))
     adapters = [word for name in ("one", "two") for word in ("--lora", f"{name}={place / name}")]
     user.run(*local, "--model", hub_model, "--slots", "4", "--context-length", "1024", *adapters,
              "--tool-parser", "hermes", "--engine-arg", "max_num_batched_tokens=2048",
-             "--engine-arg", "enable-prompt-tokens-details", cwd=place)  # fmt: skip
+             "--engine-arg", "enable-prompt-tokens-details", "--max-tokens", "9",
+             cwd=place)  # fmt: skip
+    assert len(engine_logs(place)) == 1
+    assert user.none_left(), user.processes()
+    return place
+
+
+def results_of(place: Path) -> dict[str, dict[str, Any]]:
+    """Return the results of a run by custom_id."""
     written = json.loads((place / "out.json").read_text(encoding="utf-8"))
-    entries = {entry["input"]["custom_id"]: entry for entry in written}
-    texts = {each: entries[each]["output"]["choices"][0]["message"]["content"] for each in asked}
+    return {entry["input"]["custom_id"]: entry for entry in written}
+
+
+def test_adapters_parsers_and_options_in_one_engine(answered: Path) -> None:
+    """Requests choose the model or an adapter; a forced tool call is an answer without text."""
+    entries = results_of(answered)
+    texts = {each: entries[each]["output"]["choices"][0]["message"]["content"] for each in ADAPTERS}
     assert "Paris" in texts["plain"]
     assert texts["one"] == texts["again"]
     assert len({*texts.values()}) == 3
-    assert {each: entries[each]["metadata"]["model"] for each in asked} == {
+    assert {each: entries[each]["metadata"]["model"] for each in ADAPTERS} == {
         "plain": "smollm2", "one": "one", "two": "two", "again": "one"}  # fmt: skip
-    digests = {each: entries[each]["metadata"].get("adapter_digest") for each in asked}
+    digests = {each: entries[each]["metadata"].get("adapter_digest") for each in ADAPTERS}
     assert digests["plain"] is None
     assert digests["one"] == digests["again"] != digests["two"]
     called = entries["tool"]["output"]["choices"][0]["message"]["tool_calls"]
     assert called[0]["function"]["name"] == "weather"
     assert entries["tool"]["output"]["usage"]["prompt_tokens_details"] is not None
-    assert len(engine_logs(place)) == 1
-    assert user.none_left(), user.processes()
+
+
+def test_prompts_are_counted_as_the_server_counts_them(answered: Path, hub_model: Path) -> None:
+    count = snapshot_tokenizer(hub_model).count_chat
+    for at, prompt in enumerate(PROMPTS):
+        entry = results_of(answered)[f"prompt {at}"]
+        ours = count(entry["input"]["body"]["messages"])
+        assert entry["output"]["usage"]["prompt_tokens"] == ours, prompt
 
 
 def engine_logs(place: Path) -> list[Path]:
@@ -333,30 +358,18 @@ def table_of(user: User, place: Path, checkout: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_responses(user: User, place: Path, local: list[str | Path], checkout: Path,
-                   tiny: Path) -> None:  # fmt: skip
-    form = {"type": "json_schema", "name": "n", "schema": {"enum": [{"n": 1}, {"n": 2}]}}
-    bodies: list[dict[str, Any]] = [
-        {"input": "Hello", "max_output_tokens": 4},
-        {"input": [{"type": "message", "role": "user", "content": "Hello"}], "background": True},
-        {"input": "Hello", "max_output_tokens": 60, "text": {"format": form}},
-    ]
-    entries = [
-        {"custom_id": f"r{at}", "url": "/v1/responses", "body": body}
-        for at, body in enumerate(bodies)
-    ]
-    user.write(place / "in.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-    options = ("--context-length", "256", "--max-tokens", "9")
-    user.run(*local, "--model", tiny, *options, cwd=place, timeout=400)
-    results = json.loads((place / "out.json").read_text(encoding="utf-8"))
+def test_responses(user: User, answered: Path, checkout: Path) -> None:
+    entries = results_of(answered)
+    results = [entries[f"response {at}"] for at in range(len(RESPONSES))]
     assert results[0]["metadata"]["finish_reason_length"] is True
     assert results[0]["output"]["incomplete_details"] == {"reason": "max_output_tokens"}
     usage = [result["output"]["usage"]["output_tokens"] for result in results]
     assert usage[0] == 4
-    assert usage[1] <= 9
-    totals = shard_status(place)["aiflux"]["totals"]
-    assert totals["completion_tokens"] == sum(usage)
-    rows = table_of(user, place, checkout)
+    assert usage[1] <= 9, "--max-tokens"
+    others = [entry["output"]["usage"].get("completion_tokens", 0) for entry in entries.values()]
+    totals = shard_status(answered)["aiflux"]["totals"]
+    assert totals["completion_tokens"] == sum(usage) + sum(others)
+    rows = table_of(user, answered, checkout)[-len(RESPONSES) :]
     assert all(row["error"] is None for row in rows), rows
     assert json.loads(rows[2]["answer"]) in ({"n": 1}, {"n": 2})
 

@@ -13,11 +13,12 @@ from tests.integration.conftest import (
     Cluster,
     User,
     lines,
+    recorded,
     request,
     shard_status,
+    until,
 )
 from tests.integration.test_jobs import submitted
-from tests.integration.test_vllm import until
 from tests.tools.make_tiny_snapshot import put_tiny
 
 REQUESTS = 60
@@ -30,12 +31,6 @@ def eight_heads(user: User) -> Path:
     model = put_tiny(user.folder("eight heads"), 8)
     user.give(model)
     return model
-
-
-def done(place: Path) -> int:
-    """Return the number of results in the journal."""
-    journal = place / "out.json.aiflux" / "journal" / "shard-0000.jsonl"
-    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
 
 
 @pytest.fixture
@@ -87,7 +82,7 @@ def test_a_run_over_two_nodes_survives_the_death_of_a_rank(
 ) -> None:  # fmt: skip
     """vLLM itself does not notice it before the next request, and its other ranks stay."""
     job = submit(user, checkout, place, nodes_env, eight_heads)
-    until(lambda: done(place) > 4, 400)
+    until(lambda: recorded(place) > 4, "5 results", 400)
     assert cluster.fields(job)["NodeList"] == "n[1-2]"
     (rank,) = headless_ranks(user)
     os.kill(rank, signal.SIGKILL)

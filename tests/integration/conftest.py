@@ -34,6 +34,7 @@ MessageTimeout=2
 """
 """A configuration of Slurm whose slurmctld does not answer, for which commands wait ten seconds by
 default."""
+_ABSENT = "/dev/null"  # Slurm waits a minute for a file that does not exist
 _PASSED = ("PIP_", "SSL_", "REQUESTS_CA", "CURL_CA", "CI", "LANG")
 _QUERY_PAUSE = 0.2  # seconds between two questions to Slurm
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -112,21 +113,20 @@ class User:
 
     Attributes:
         home: a new directory of the user, removed at the end.
-        slurm_conf: Slurm's configuration; without one, its commands fail.
+        slurm_conf: Slurm's configuration; with the default, its commands fail.
         env: additional environment variables.
     """
 
     name: str
     home: Path
-    slurm_conf: str | None = None
+    slurm_conf: str = _ABSENT
     env: dict[str, str] = field(default_factory=dict)
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if k.startswith(_PASSED)}
         path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         own = {"HOME": str(self.home), "USER": self.name, "SHELL": "/bin/bash", "PATH": path}
-        slurm = {"SLURM_CONF": self.slurm_conf} if self.slurm_conf else {}
-        return {**kept, **own, **slurm, **self.env, **(more or {})}
+        return {**kept, **own, "SLURM_CONF": self.slurm_conf, **self.env, **(more or {})}
 
     def command(self, command: Sequence[str | Path]) -> list[str]:
         if os.geteuid() != 0:
@@ -511,4 +511,4 @@ def cluster(stack: dict[str, str], user: User) -> Iterator[Cluster]:
     user.slurm_conf = stack["SLURM_CONF"]
     yield Cluster(user)
     user.run("scancel", "-u", user.name, code=None)
-    user.slurm_conf = None
+    user.slurm_conf = _ABSENT

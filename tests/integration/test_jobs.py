@@ -364,6 +364,7 @@ def test_an_sbatch_error_is_exit_2_with_its_message(
     assert "submitted" not in printed
 
 
+@pytest.mark.usefixtures("cluster")
 def test_no_slurm_and_no_image_are_exit_2_with_the_remedy(
     user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str]
 ) -> None:

@@ -164,6 +164,8 @@ ELSEWHERE = {
     "aiflux benchmark --input prompts.jsonl --engine-url http://127.0.0.1:8000 --model llama3.2:3b"
     " --json":
         "tests/unit/cli/test_benchmark_command.py::test_the_users_own_requests",
+    "aiflux run --model llama3.2:3b --input prompts.jsonl --output results.json --tune":
+        "tests/unit/worker/test_tuning.py::test_a_run_tunes_itself_with_its_own_requests",
     "aiflux benchmark --engine llamacpp --model llama3.2:3b --local --against":
         "tests/unit/cli/test_benchmark_command.py"
         "::test_the_engines_own_tool_is_shown_beside_the_same_point",

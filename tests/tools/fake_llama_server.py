@@ -3,7 +3,8 @@
 It listens at once and answers 503 until the model is loaded, which fails where the file is not
 GGUF, and takes as long as the file ``loading`` is in its home. With a key, /health is the only path
 that needs none. The prompt "wait" is answered once there is no file
-``waiting`` in its home.
+``waiting`` in its home. Prompts that begin with "work" take a moment, and a slot; the server gains
+nothing from more than eight. With the variable MOST_SLOTS, it does not start with more.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ LOADING = Path(os.environ["HOME"]) / "loading"
 WAITING = Path(os.environ["HOME"]) / "waiting"
 KEY = options.api_key_file.read_text().strip() if options.api_key_file else None
 PUBLIC = ("/health",)
+slots = threading.Semaphore(min(options.np, 8))
 load_now = {"requests_processing": 0, "requests_deferred": 0, "tokens_predicted_total": 0}
 
 
 def load() -> None:
+    if options.np > int(os.environ.get("MOST_SLOTS", options.np)):
+        print("llama_init: out of memory", flush=True)
+        os._exit(1)
     if any(Path(file).read_bytes()[:4] != b"GGUF" for file in [options.m, *adapters]):
         print("llama_model_load: error loading model: invalid magic characters", flush=True)
         os._exit(1)
@@ -111,6 +116,9 @@ class Handler(BaseHTTPRequestHandler):
         while body["messages"][-1]["content"] == "wait" and WAITING.exists():
             time.sleep(0.02)
         content = body["messages"][-1]["content"]
+        if content.startswith("work"):
+            with slots:
+                time.sleep(0.05)
         # As llama-server does: without a list, all adapters are applied.
         scales = {each["id"]: each["scale"] for each in body.get("lora", [])}
         applied = [at for at in range(len(adapters)) if scales.get(at, 0 if scales else 1)]

@@ -540,6 +540,12 @@ class Engine(Protocol):
     def max_in_flight(self) -> int | None:
         """Return the number of requests that keeps all its slots busy; None if unknown."""
 
+    def can_have(self, slots: int) -> bool:
+        """Return whether another start can have this number of slots."""
+
+    def use_slots(self, count: int) -> None:
+        """Have this number of slots from the next start on; see ``can_have``."""
+
     def model_digest(self) -> str | None:
         """Return the digest of the model that the current start loaded; None if unknown."""
 

@@ -32,6 +32,7 @@ _SHORT_FOLDER = Path("/tmp")  # noqa: S108 - a private folder in it is used
 _DEATH_NOTICE = 1.0
 _POLL = 0.05
 _READY_POLL = 0.2
+_MEMORY_SHARE = 0.6
 
 
 class ManagedEngine:
@@ -136,6 +137,29 @@ class ManagedEngine:
     def max_in_flight(self) -> int | None:
         """Return the requests that keep all its slots busy."""
         return in_flight(self.slots)
+
+    def can_have(self, slots: int) -> bool:
+        """Return whether another start can have this number of slots.
+
+        On GPUs, only the start shows whether they fit: it takes fewer slots then, or fails.
+        """
+        figures = self._figures
+        if self._options.slots is not None or (figures and self.kind.one_slot(figures)):
+            return slots == self.slots
+        return slots <= self.slots or bool(self.spec.devices) or self._fit_in_memory(slots)
+
+    def use_slots(self, count: int) -> None:
+        """Have this number of slots from the next start on."""
+        self.slots = count
+
+    def _fit_in_memory(self, count: int) -> bool:
+        """Return whether slots on the CPU clearly fit into the memory of the job, or the node."""
+        if self._figures is None:
+            return False
+        needed = self.kind.memory_needed(self._figures, self._context, count, 1, self._options)
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        job = int(self.spec.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20  # in MB
+        return needed < (job or pages) * _MEMORY_SHARE
 
     def model_digest(self) -> str | None:
         """Return the digest of the model that the current start loaded."""

@@ -198,14 +198,17 @@ def still_rises(points: Sequence[Point]) -> bool:
     return last.throughput >= RISE * best
 
 
-def knee(points: Sequence[Point]) -> Point | None:
+def knee(points: Sequence[Point], share: float = KNEE_SHARE) -> Point | None:
     """Return the point of one series with the fewest requests in flight at nearly full throughput.
 
     None if no point answered with that many in flight.
+
+    Args:
+        share: of the best throughput.
     """
     good = _sound(points)
     best = max(map(_throughput, good), default=0.0)
-    near = [point for point in good if _throughput(point) >= KNEE_SHARE * best]
+    near = [point for point in good if _throughput(point) >= share * best]
     return min(near, key=lambda point: point.concurrency, default=None)
 
 

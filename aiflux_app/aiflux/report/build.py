@@ -29,6 +29,7 @@ from aiflux.report.data import (
     ShardRow,
     Times,
     Tokens,
+    TunedRow,
     Use,
     What,
 )
@@ -453,6 +454,11 @@ def make_report(sources: ReportSources) -> Report:
         failures=tuple(_failures(whole)),
         shards=tuple(shard_rows(sources)),
         engines=tuple(engine_rows(sources)),
+        tunings=tuple(
+            TunedRow(shard.index, each)
+            for shard, status in zip(sources.plan.shards, sources.statuses, strict=True)
+            for each in _details(status).tunings
+        ),
         estimate=_compared(sources),
         use=machine_use(sources, whole),
         energy=energy,

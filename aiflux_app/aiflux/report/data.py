@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiflux.core.config.settings import left_open
+from aiflux.core.runs.status_file import Tuning
 from aiflux.estimates.energy import EnergyFigures
 from aiflux.estimates.estimate import ComparedFigure
 from aiflux.report.journal_summary import Example, Throughput
@@ -204,6 +205,14 @@ class EngineRow:
 
 
 @dataclass(frozen=True)
+class TunedRow:
+    """What ``--tune`` tried and chose for a model in a shard."""
+
+    shard: int
+    tuning: Tuning
+
+
+@dataclass(frozen=True)
 class Use:
     """The utilisation of the machines.
 
@@ -249,6 +258,7 @@ class Report:
     failures: tuple[Failure, ...]
     shards: tuple[ShardRow, ...]
     engines: tuple[EngineRow, ...]
+    tunings: tuple[TunedRow, ...]
     estimate: tuple[ComparedFigure, ...]
     use: Use
     energy: EnergyFigures

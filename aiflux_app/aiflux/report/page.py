@@ -230,6 +230,33 @@ def _engine_row(engine: EngineRow) -> tuple[object, ...]:
     )
 
 
+def tuning_table(report: Report) -> Table | None:
+    """Return one row for each setting that ``--tune`` tried, or None if there is none."""
+    heads = (
+        "shard", "model", "slots", "in flight", "requests", "failed", "requests/s",
+        "answer tokens/s", "median", "",
+    )  # fmt: skip
+    rows = [
+        (
+            row.shard,
+            row.tuning.model,
+            tried.slots,
+            tried.concurrency,
+            number(tried.requests),
+            number(tried.failed),
+            rate(tried.requests_per_second),
+            rate(tried.tokens_per_second),
+            seconds_text(tried.p50),
+            "chosen"
+            if row.tuning.chosen == {"slots": tried.slots, "concurrency": tried.concurrency}
+            else "",
+        )
+        for row in report.tunings
+        for tried in row.tuning.tried
+    ]
+    return _limited("Tuning", heads, rows, (0, 2, 3, 4, 5, 6, 7, 8)) if rows else None
+
+
 def slot_use_text(report: Report) -> str:
     """Return how full the engines' slots were; "" if the slots are unknown."""
     use = report.use
@@ -297,6 +324,7 @@ def page(report: Report, plots: Mapping[str, Markup], no_plots: str | None = Non
             unfinished=unfinished_shards(report),
             slot_use=slot_use_text(report),
             engines=engines_table(report),
+            tuning=tuning_table(report),
             energy=list(energy_facts(report)),
             estimate=estimate_table(report),
             methods=methods(report),

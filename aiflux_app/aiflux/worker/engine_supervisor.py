@@ -7,15 +7,18 @@ fails three times without a result in between.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from aiflux.engines.base import Engine
 from aiflux.errors import AifluxError, EngineError, RejectedError
 from aiflux.util.process_limits import start_thread
+from aiflux.util.text import counted
 from aiflux.worker.scheduler import Lane, Scheduler
 
 RESTARTS_WITHOUT_PROGRESS = 3
 _STOP_SECONDS = 1.0
+_DRAIN_POLL = 0.05
 
 
 def _never(_: float) -> bool:
@@ -53,6 +56,9 @@ class EngineSupervisor:
         self._stops = stops
         self._changed = threading.Condition()
         self._down_in = -1
+        self._wanted: int | None = None
+        self._fallback: int | None = None
+        self.start_seconds = 0.0
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -79,9 +85,46 @@ class EngineSupervisor:
             self._down_in = max(self._down_in, generation)
             self._changed.notify()
 
+    def restart(self, slots: int) -> None:
+        """Start the engine again with other slots, once the requests in flight have ended.
+
+        If it does not start with them, it gets its earlier number again.
+        """
+        with self._changed:
+            self._wanted = slots
+            self._changed.notify()
+
+    @property
+    def _down(self) -> bool:
+        return self._closing or self._down_in >= self.lane.generation
+
     def _wait_until_down(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._down_in >= self.lane.generation)
+            self._changed.wait_for(lambda: self._down or self._wanted is not None)
+
+    def _changes_slots(self) -> bool:
+        """Drain the engine and change its slots, if that is wanted; return whether it was."""
+        with self._changed:
+            slots, self._wanted = self._wanted, None
+            while slots is not None and self.lane.in_flight and not self._down:
+                self._changed.wait(_DRAIN_POLL)
+            if slots is None or self._down:
+                return False  # after a crash, it starts as before
+        before = self.engine.facts.slots
+        self.engine.use_slots(slots)
+        self._fallback = before
+        self._say(f"engine {self.engine.index} starts again with {counted(slots, 'slot')}")
+        self.engine.stop()
+        return True
+
+    def _falls_back(self, error: EngineError) -> bool:
+        """Return to the slots of before a change with which the engine does not start."""
+        if self._fallback is None or self._closing:
+            return False
+        slots, self._fallback = self._fallback, None
+        self._say(f"{self._about(error.message)}; it gets {counted(slots, 'slot')} again")
+        self.engine.use_slots(slots)
+        return True
 
     def _keep(self) -> None:
         try:
@@ -100,21 +143,28 @@ class EngineSupervisor:
         fruitless = 0
         completed = -1
         while not self._closing:
+            began = time.monotonic()
             try:
                 self.engine.start()
-            except RejectedError:
-                raise
-            except EngineError:
+            except EngineError as error:
+                if self._falls_back(error):
+                    continue
                 # The start of an external engine has waited as long as the user asked for.
                 may_help = self.engine.kind.managed and fruitless < RESTARTS_WITHOUT_PROGRESS
-                if completed < 0 or not may_help:
+                if isinstance(error, RejectedError) or completed < 0 or not may_help:
                     raise
             else:
+                self._fallback = None
+                self.start_seconds = time.monotonic() - began
                 self._open()
                 self._wait_until_down()
             if self._closing:
                 return
             self._scheduler.close_lane(self.lane)
+            if self._changes_slots():
+                continue
+            if self._closing:
+                return
             # A signal for the whole job ends the engine, and is handled here a moment later.
             if self.engine.kind.managed and self._stops(_STOP_SECONDS):
                 self._scheduler.close_lane(self.lane, gone=True)

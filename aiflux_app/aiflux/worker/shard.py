@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +28,14 @@ from aiflux.core.runs.plan import (
     same_work,
 )
 from aiflux.core.runs.splits_file import read_splits
-from aiflux.core.runs.status_file import SlurmJob, Status, StatusDetails, read_status
+from aiflux.core.runs.status_file import (
+    SlurmJob,
+    Status,
+    StatusDetails,
+    Tuning,
+    read_status,
+    read_statuses,
+)
 from aiflux.engines import server_load
 from aiflux.engines.base import Engine, EngineSpec, FetchContext
 from aiflux.engines.gpus import gpu_names, group, visible_devices
@@ -58,10 +65,15 @@ from aiflux.worker.progress import Reporter
 from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source, by_prefix
 from aiflux.worker.stats import Ledger, Stats
 from aiflux.worker.stop import Stopper
+from aiflux.worker.tuning import Tuner
 from aiflux.worker.validation import Checking
 
 IMAGE_FACTS = Path("/opt/aiflux/image.json")
 _DEADLINE_MARGIN = 15.0
+# A start of the engines to try other slots takes at most this share of the rest of the run.
+_RESTART_SHARE = 0.05
+# Options on which the best number of slots depends, and that are not part of the run's identity.
+_TUNED_FOR = ("slots", "context_length", "gpus_per_engine", "nodes_per_engine")
 
 
 @dataclass
@@ -216,6 +228,7 @@ class _ShardWork:
         self.ledger.unsealed = facts.unsealed
         if earlier is not None:
             facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
+            facts.tunings = earlier.details.tunings
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
@@ -356,6 +369,28 @@ class _ShardWork:
         """Return whether a request may still be sent."""
         return not self.context.stopper.stopping and not self.past_deadline()
 
+    def tuning(self, model: str, engines: int) -> Tuning:
+        """Return what this run found for a model on such GPUs, in an earlier start or a shard."""
+        options, details = self.plan.options, self.status.details
+        settings = {name: getattr(options, name) for name in _TUNED_FOR}
+        own = Tuning(model, details.gpus, engines, settings)
+        others = read_statuses(self.run_directory).values()
+        of_plan = [one.details for one in others if one.details.plan == self.plan.id]
+        found = [each for one in of_plan for each in one.tunings if each.chosen]
+        same = (each for each in [*found, *details.tunings] if each.measures_as(own))
+        return next(same, own)
+
+    def keep_tuning(self, tuning: Tuning) -> None:
+        """Record what was found for a model."""
+        details = self.status.details
+        others = [each for each in details.tunings if each.model != tuning.model]
+        details.tunings = (*others, tuning)
+
+    def spare_seconds(self) -> float:
+        """Return how long the rest takes, at most until the job ends; 0 if unknown."""
+        left = self.stats.remaining_seconds() or 0.0
+        return left if self.context.deadline is None else min(left, self.last_call - time.time())
+
     def _gpu_watch(self) -> GpuWatch:
         own = engine_kind(self.plan.options).managed
         devices = visible_devices(self.context.environ) if own else ()
@@ -397,6 +432,7 @@ class _ModelWork:
         if engine_kind(self.plan.options).shares_prefixes:
             tasks = by_prefix(tasks)
         self.scheduler = Scheduler(tasks, self.lanes, may_admit=self.shard.may_admit)
+        self.tuner = self._tuner(engines) if self.plan.options.tune else None
         self.load_watches: list[server_load.LoadWatch] = []
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()
@@ -440,6 +476,8 @@ class _ModelWork:
             self.pool.join(self._tick)
             self.shard.note_stop()
         finally:
+            if self.tuner is not None and not self.context.stopper.stopping:
+                self.tuner.end()
             for watch in self.load_watches:
                 watch.close()
             for each in self.supervisors:
@@ -455,6 +493,8 @@ class _ModelWork:
 
     def _tick(self) -> None:
         self.shard.tick()
+        if self.tuner is not None:
+            self.tuner.tick()
         stopper = self.context.stopper
         if not stopper.stopping:
             return
@@ -471,7 +511,10 @@ class _ModelWork:
                 self.shard.checking.abort()
 
     def _ready(self, engine: Engine, lane: Lane) -> None:
-        if self.plan.options.concurrency is not None:
+        if self.tuner is not None:
+            lane.limit = self.tuner
+            self.tuner.engine_ready(lane.index, engine.facts.slots or 1)
+        elif self.plan.options.concurrency is not None:
             lane.limit = FixedLimit(self.plan.options.concurrency)
         elif not isinstance(lane.limit, AdaptiveLimit):  # keep the limit it found
             lane.limit = self._limit_of(engine)
@@ -487,6 +530,32 @@ class _ModelWork:
             if engine.facts.slots is not None
             else engine.describe()
         )
+
+    def _tuner(self, engines: Sequence[Engine]) -> Tuner:
+        """Return the limit that tunes; engines start with the slots that were chosen before."""
+        tuning = self.shard.tuning(self.model, len(engines))
+        if tuning.slots is not None:
+            for engine in engines:
+                engine.use_slots(tuning.slots)
+            self.context.reporter.say(f"from an earlier start or shard: {tuning.advice}")
+            self.shard.keep_tuning(tuning)
+        return Tuner(
+            tuning,
+            restart=self._restart,
+            keep=self.shard.keep_tuning,
+            say=self.context.reporter.say,
+        )
+
+    def _restart(self, slots: int) -> bool:
+        """Start all engines again with other slots, if that takes little of the run's time."""
+        seconds = max(each.start_seconds for each in self.supervisors)
+        if seconds > _RESTART_SHARE * self.shard.spare_seconds():
+            return False
+        if not all(each.engine.can_have(slots) for each in self.supervisors):
+            return False
+        for each in self.supervisors:
+            each.restart(slots)
+        return True
 
     def _limit_of(self, engine: Engine) -> Limit:
         """Return the limit of an engine: by its slots, or adaptive where they are unknown."""

@@ -366,6 +366,31 @@ def test_the_report_of_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in data["methods"]
 
 
+def test_what_tune_tried_is_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"in_flight": 4, "requests": 48, "failed": 0, "seconds": 3.0,
+               "requests_per_second": 2.0, "p50": 0.5}  # fmt: skip
+    tried = [
+        {"slots": 4, "concurrency": count, "tokens_per_second": speed, **figures}
+        for count, speed in ((1, 77.0), (6, 88.0))
+    ]
+    tuning = {"model": "llama3.2:3b", "tried": tried, "slots": 4, "concurrency": 6}
+    made = MadeRun(tmp_path)
+    made.status(0, tunings=[tuning])
+    write(made, 0, result(0, START))
+    data = report(made, capsys)
+    assert data["tunings"][0]["tuning"]["concurrency"] == 6
+    page_words(made)
+    page = made.run.report.read_text(encoding="utf-8")
+    assert "to keep it: --slots 4 --concurrency 6, or in aiflux.yaml slots: 4" in page
+    first, chosen = (row for row in page.split("<tr>") if "<td>llama3.2:3b</td>" in row)
+    assert "77" in first
+    assert "chosen" not in first
+    assert "88" in chosen
+    assert "chosen" in chosen
+
+
 def test_slot_use_is_at_most_100_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

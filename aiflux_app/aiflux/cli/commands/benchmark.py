@@ -90,7 +90,7 @@ _LISTS = ("concurrency", "slots", "context_length")
         help="Skip the checks of Slurm, image and disk space")  # fmt: skip
 @json_option("Print everything as JSON")
 @settings_options(
-    "run", "slurm", "paths", repeatable=["engine"], without=_LISTS,
+    "run", "slurm", "paths", repeatable=["engine"], without=(*_LISTS, "tune"),
     rare=["validate", "max_failures", "retry_failed", "max_tokens", "shards", "mem"],
 )  # fmt: skip
 def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:

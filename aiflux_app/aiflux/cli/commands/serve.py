@@ -50,7 +50,7 @@ _REACH_TIMEOUT = 5.0
 _REACH_TRIES = 3
 # Settings of requests, and of runs with several jobs.
 _WITHOUT = {
-    "concurrency", "nodes_per_engine", "engine_command", "save_frequency", "max_retries",
+    "concurrency", "tune", "nodes_per_engine", "engine_command", "save_frequency", "max_retries",
     "retry_delay", "validate", "revalidate_attempts", "max_failures", "max_requeues",
     "drain_seconds", "max_tokens", "samples", "temperature", "top_p", "top_k", "stop",
     "engine_url", "engine_wait", "engine_ca", "request_timeout", "retry_failed", "model_config",

@@ -70,6 +70,12 @@ class RunOptions:
     context_length: int | None = setting(
         parse.integer(256, _MOST_TOKENS), None, "Tokens of context for each slot"
     )
+    tune: bool = setting(
+        parse.boolean,
+        False,
+        "Try several numbers of requests in flight and slots at the start; keep the best",
+        env="AIFLUX_TUNE",
+    )
     engine: str = setting(
         parse.choice(*CHOICES),
         CHOICES[0],

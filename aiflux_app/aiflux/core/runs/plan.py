@@ -283,6 +283,28 @@ class Plan:
         return {"version": self.version, "id": self.id, **to_json(self)}
 
 
+def _refuse_tuning(options: RunOptions, kind: PlanningKind) -> None:
+    """Refuse ``--tune`` where it has nothing to try.
+
+    Raises:
+        ConfigError: the number in flight is set, or the engine's slots are not ours.
+    """
+    if not options.tune:
+        return
+    if not kind.stores_models:
+        raise ConfigError(
+            "--tune starts the engine with other numbers of slots, which AI-Flux cannot do with "
+            "this server; the worker finds its number of requests in flight in every run",
+            "omit --tune (--no-tune, if a file or a variable sets it)",
+        )
+    if options.concurrency is not None:
+        raise ConfigError(
+            "--tune and --concurrency cannot be combined: one looks for the number of requests in "
+            "flight, the other sets it",
+            "give one of them (--no-tune, if a file or a variable sets it)",
+        )
+
+
 class PlanningKind(Protocol):
     """The part of an engine kind that planning needs.
 
@@ -381,6 +403,7 @@ def make_plan(
         raise ConfigError("--replace-model needs a model", "name it with --model")
     _refuse_samples(options, summary.endpoints)
     _refuse_nodes(options, kind)
+    _refuse_tuning(options, kind)
     kind.refuse_run(options, summary.endpoints)
     named = [name for name in summary.models if name not in options.lora]
     names = [options.model] if options.model else named

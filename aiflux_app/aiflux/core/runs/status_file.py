@@ -16,6 +16,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.batch.results_file import errors_path, output_paths
+from aiflux.core.config.settings import settings_texts
 from aiflux.core.runs.directory import RunDirectory, own_command, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError, UsageError
@@ -210,6 +211,63 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class TunedPoint:
+    """Settings that ``--tune`` tried; ``in_flight`` is the largest number that was reached."""
+
+    slots: int
+    concurrency: int
+    in_flight: int
+    requests: int
+    failed: int
+    seconds: float
+    requests_per_second: float
+    tokens_per_second: float
+    p50: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What ``--tune`` tried for a model, and what it chose.
+
+    Attributes:
+        gpus, engines, settings: what the figures depend on; elsewhere they are measured again.
+        slots, concurrency: per engine, as chosen; None while it continues.
+        note: why it ended early; "" if it did not.
+    """
+
+    model: str
+    gpus: tuple[str, ...] = ()
+    engines: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    tried: tuple[TunedPoint, ...] = ()
+    slots: int | None = None
+    concurrency: int | None = None
+    note: str = ""
+
+    @property
+    def chosen(self) -> dict[str, int]:
+        """The settings to keep; none while it continues."""
+        if self.slots is None or self.concurrency is None:
+            return {}
+        return {"slots": self.slots, "concurrency": self.concurrency}
+
+    @property
+    def advice(self) -> str:
+        """How to keep what was chosen, and why the search ended early."""
+        if not self.chosen:
+            return f"tuning is not finished{f': {self.note}' if self.note else ''}"
+        lines = ", ".join(f"{name}: {value}" for name, value in self.chosen.items())
+        options = " ".join(settings_texts(self.chosen))
+        note = f" ({self.note})" if self.note else ""
+        return f"tuned{note}; to keep it: {options}, or in aiflux.yaml {lines}"
+
+    def measures_as(self, other: Tuning) -> bool:
+        """Return whether the figures of both are comparable."""
+        own = (self.model, self.gpus, self.engines, self.settings)
+        return own == (other.model, other.gpus, other.engines, other.settings)
+
+
+@dataclass(frozen=True)
 class WrittenFile:
     """A file of the output as it was written; ``modified`` is in nanoseconds."""
 
@@ -270,6 +328,7 @@ class StatusDetails:
     requeues: int = field(default=0, metadata=OMITTED)
     engines: tuple[EngineFacts, ...] = field(default=(), metadata=OMITTED)
     model_digests: dict[str, str] = field(default_factory=dict, metadata=OMITTED)
+    tunings: tuple[Tuning, ...] = field(default=(), metadata=OMITTED)
     ended: str | None = field(default=None, metadata=OMITTED)
     remedy: str | None = field(default=None, metadata=OMITTED)
     exit_code: int | None = field(default=None, metadata=OMITTED)

@@ -129,6 +129,13 @@ class ExternalEngine:
         self.facts.slots = self._slots
         return in_flight(self._slots)
 
+    def can_have(self, slots: int) -> bool:
+        """Return False: the server has its own."""
+        return False
+
+    def use_slots(self, count: int) -> None:
+        """Do nothing: the server has its own."""
+
     def model_digest(self) -> str | None:
         """Return None: the engine's model file is unknown."""
         return None

@@ -1,0 +1,252 @@
+"""Find the number of requests in flight and of slots at the start of a run (``--tune``).
+
+The requests are those of the run, and their results are kept as any others. Points are measured and
+compared as in ``aiflux benchmark``, with the requests that are sent while a point's number is in
+flight.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from aiflux.core.runs.status_file import EngineFacts, TunedPoint, Tuning
+from aiflux.engines.sizing import in_flight
+from aiflux.estimates.benchmark import (
+    RISE,
+    Point,
+    PointFigures,
+    Series,
+    figures_of,
+    knee,
+    still_rises,
+)
+from aiflux.estimates.pilot import Observation
+from aiflux.util.text import counted
+
+MOST_SLOTS = 1024
+LONGEST = 600.0
+"""Seconds after which nothing more is tried."""
+_FEWEST = 48
+_TURNOVERS = 4
+_BRIEFEST = 1.0
+_SHORTEST = 1e-3
+
+
+def counts_of(slots: int) -> list[int]:
+    """Return the requests in flight to try without another start, in ascending order."""
+    return sorted({max(1, slots // 4), max(1, slots // 2), in_flight(slots)})
+
+
+def next_setting(tried: Sequence[Point], slots: int) -> tuple[int, int] | None:
+    """Return the slots and requests in flight to try next; None if nothing more is worth it.
+
+    More slots need another start of the engine. They are tried only if the last step gained.
+
+    Args:
+        slots: those that the engines have by default.
+    """
+    counts = counts_of(slots)
+    if len(tried) < len(counts):
+        return slots, counts[len(tried)]
+    more = 2 * (tried[-1].series.slots or slots)
+    if more > MOST_SLOTS or not still_rises(tried):
+        return None
+    return more, in_flight(more)
+
+
+def point_of(tried: TunedPoint, tuning: Tuning) -> Point:
+    """Return a point that was tried as one of a benchmark."""
+    figures = PointFigures(
+        in_flight=tried.in_flight,
+        requests=tried.requests,
+        failed=tried.failed,
+        seconds=tried.seconds,
+        requests_per_second=tried.requests_per_second,
+        tokens_per_second=tried.tokens_per_second,
+        prompt_tokens=0.0,
+        answer_tokens=0.0,
+        p50=tried.p50,
+        p99=0.0,
+        engines=tuning.engines,
+        slots=tried.slots,
+    )
+    return Point(Series("", tuning.model, tried.slots), tried.concurrency, figures)
+
+
+class Tuner:
+    """The limit of all engines of a run: it changes while it tunes, and then no more. Thread-safe.
+
+    Args:
+        tuning: what was found so far.
+        restart: starts all engines again with other slots; returns False if that is not possible,
+            or takes too long for the rest of the run.
+        keep: records what is found.
+        say: called with a line of text.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        tuning: Tuning,
+        *,
+        restart: Callable[[int], bool],
+        keep: Callable[[Tuning], None],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.value = tuning.concurrency or 1
+        self.tuning = tuning
+        self._restart = restart
+        self._keep = keep
+        self._say = say
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._slots: dict[int, int] = {}
+        self._default = 0
+        self._measuring = False
+        self._wanted: int | None = None
+        self._first: float | None = None
+        self._began = 0.0
+        self._observations: list[Observation] = []
+
+    def engine_ready(self, index: int, slots: int) -> None:
+        """Record that an engine is up; what was measured of the current point is dropped."""
+        with self._lock:
+            self._slots[index] = slots
+            if self.tuning.chosen:
+                self.value = self.tuning.concurrency or 1
+                return
+            self._measuring = False
+            self.value = in_flight(slots)
+            if len(self._slots) < self.tuning.engines:
+                return
+            now = min(self._slots.values())
+            tried = self.tuning.tried
+            self._default = self._default or (tried[0].slots if tried else now)
+            self._first = self._clock() if self._first is None else self._first
+            wanted, self._wanted = self._wanted, None
+            if wanted is not None and now < wanted:
+                self._choose(f"no start with {counted(wanted, 'slot')}")
+            else:
+                self._advance()
+
+    def note(self, work: int, seconds: float, overloaded: bool) -> None:
+        """Record an ended exchange; see ``AdaptiveLimit.note``."""
+        with self._lock:
+            now = self._clock()
+            if not self._measuring or now - seconds < self._began:
+                return
+            began = now - max(seconds, _SHORTEST)
+            error = "overloaded" if overloaded else None
+            tokens = 0 if overloaded else work
+            self._observations.append(
+                Observation(self.tuning.model, began, now, 0, tokens, 0, error)
+            )
+            together = self.value * self.tuning.engines
+            enough = max(_FEWEST, _TURNOVERS * together) + together
+            if len(self._observations) >= enough and now - self._began >= _BRIEFEST:
+                self._measured(together)
+
+    def note_timeout(self) -> None:
+        """Record a timeout as a failed request."""
+        self.note(0, 0.0, overloaded=True)
+
+    def tick(self) -> None:
+        """End the search if it takes too long."""
+        with self._lock:
+            late = self._first is not None and self._clock() - self._first > LONGEST
+            if self._measuring and late:
+                self._choose(f"nothing more is tried after {LONGEST / 60:g} minutes")
+
+    def end(self) -> None:
+        """Record that the requests ended before a choice."""
+        with self._lock:
+            if not self.tuning.chosen:
+                self._record(replace(self.tuning, note="the requests ended before"))
+
+    def _measured(self, together: int) -> None:
+        """Record the point and continue with the next.
+
+        The last requests that were sent are left out: others that were sent with them are still in
+        flight, so a part of the work of that time is not known yet.
+        """
+        self._measuring = False
+        ordered = sorted(self._observations, key=lambda item: item.began)[:-together]
+        found = figures_of(ordered, [EngineFacts()] * self.tuning.engines)
+        tried = TunedPoint(
+            slots=min(self._slots.values()),
+            concurrency=self.value,
+            in_flight=max(found.in_flight, found.most_in_flight),
+            requests=found.requests,
+            failed=found.failed,
+            seconds=round(found.seconds, 3),
+            requests_per_second=round(found.requests_per_second, 3),
+            tokens_per_second=round(found.tokens_per_second, 3),
+            p50=round(found.p50, 3),
+        )
+        self._record(replace(self.tuning, tried=(*self.tuning.tried, tried)))
+        self._say(f"tuning: {tried_text(tried)}")
+        self._advance()
+
+    def _advance(self) -> None:
+        setting = next_setting(self._points, self._default)
+        if setting is None:
+            self._choose("")
+            return
+        slots, count = setting
+        if slots == min(self._slots.values()):
+            self._measure(count)
+        elif not self._start_again(slots):
+            self._choose(f"no start with {counted(slots, 'slot')}: not possible, or not worth it")
+
+    def _measure(self, count: int) -> None:
+        self.value = count
+        self._began = self._clock()
+        self._observations = []
+        self._measuring = True
+
+    def _start_again(self, slots: int) -> bool:
+        now = self._slots
+        self._slots, self._wanted = {}, slots
+        if self._restart(slots):
+            return True
+        self._slots, self._wanted = now, None
+        return False
+
+    def _choose(self, note: str) -> None:
+        """Use the best that was tried, or the default if too little was tried."""
+        self._measuring = False
+        now = min(self._slots.values())
+        slots, count = self._default, in_flight(self._default)
+        # A difference of a few percent is no reason to have more requests wait.
+        best = knee(self._points, 1 / RISE) if len(self.tuning.tried) > 1 else None
+        if best is not None:
+            slots, count = best.series.slots or slots, best.concurrency
+        if slots != now and not self._start_again(slots):
+            slots = now
+        self.value = count
+        self._record(replace(self.tuning, slots=slots, concurrency=count, note=note))
+        self._say(self.tuning.advice)
+
+    @property
+    def _points(self) -> list[Point]:
+        return [point_of(tried, self.tuning) for tried in self.tuning.tried]
+
+    def _record(self, tuning: Tuning) -> None:
+        self.tuning = tuning
+        self._keep(tuning)
+
+
+def tried_text(tried: TunedPoint) -> str:
+    """Return what was tried and its figures."""
+    rate = f"{tried.tokens_per_second:.1f} tokens/s"
+    if not tried.tokens_per_second:
+        rate = f"{tried.requests_per_second:.2f} requests/s"
+    failed = f", {tried.failed} failed" if tried.failed else ""
+    return (
+        f"{counted(tried.concurrency, 'request')} in flight, {counted(tried.slots, 'slot')}: "
+        f"{rate}, {tried.p50:.2f} s per request{failed}"
+    )

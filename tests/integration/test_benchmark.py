@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from aiflux.engines.process import free_port
 from tests.integration.conftest import MODEL, Cluster, User
 
 MEASURE = ["benchmark", "--mix", "classify", "--requests", "6", "--concurrency", "1,2",
@@ -57,3 +61,42 @@ def test_engines_are_measured_on_this_machine(
     assert all(point["figures"]["tokens_per_second"] > 0 for point in found["points"])
     assert len(found["knees"]) == 4
     assert user.none_left(), user.processes()
+
+
+def tiny_point(place: Path) -> dict[str, Any]:
+    """Return the only point of a benchmark, whose throughput the engine's own tool measured too."""
+    (point,) = record(place)["points"]
+    found: dict[str, Any] = point["compared"]
+    assert found.get("error") is None, found
+    assert found["tokens_per_second"] > 0
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_vllms_own_tools_measure_the_same_point(
+    user: User, aiflux: Path, vllm: Path, hub_model: Path, place: Path
+) -> None:
+    """``vllm bench throughput`` with the model, and ``vllm bench serve`` at a running server."""
+    env = {"AIFLUX_ENGINE_PROGRAM": str(vllm), "AIFLUX_ENGINE": "vllm",
+           "PATH": f"{vllm.parent}:{user.environment()['PATH']}"}  # fmt: skip
+    small = ["--mix", "classify", "--requests", "4", "--concurrency", "2", "--model", hub_model]
+    user.run(aiflux, "benchmark", *small, "--local", "--against", "--context-length", "512",
+             cwd=place, env=env, timeout=900)  # fmt: skip
+    assert tiny_point(place)["tool"] == "vllm bench throughput"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    serve = [vllm, "serve", hub_model, "--host", "127.0.0.1", "--port", str(port),
+             "--max-num-seqs", "2", "--max-model-len", "512", "--enforce-eager"]  # fmt: skip
+    with (place / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            user.command(serve), cwd=place, stdout=log, stderr=subprocess.STDOUT,
+            env=user.environment({"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}),
+        )  # fmt: skip
+    try:
+        user.run(aiflux, "benchmark", *small, "--engine-url", url, "--engine-wait", "400",
+                 "--again", "--against", cwd=place, env=env, timeout=900)  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait()
+    assert tiny_point(place)["tool"] == "vllm bench serve"

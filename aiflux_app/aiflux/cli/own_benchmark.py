@@ -13,6 +13,7 @@ from aiflux.cli.benchmarks import Measuring, Sweep
 from aiflux.core.config.config import Config
 from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.engines.base import EngineKind
+from aiflux.engines.gpus import visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.own_benchmark import BenchmarkLoad, OwnBenchmark
 from aiflux.engines.process import find_program
@@ -70,6 +71,7 @@ def _compare(config: Config, model: str, figures: PointFigures) -> Compared:
         in_flight=min(figures.in_flight, figures.slots or figures.in_flight),
         prompt_tokens=max(1, round(figures.prompt_tokens)),
         answer_tokens=max(1, round(figures.answer_tokens)),
+        on_gpus=bool(visible_devices()),
     )
     try:
         words = own.words(load)

@@ -16,6 +16,7 @@ class BenchmarkLoad:
         url: of a running server; None if the tool loads the model.
         in_flight: sequences at once.
         prompt_tokens, answer_tokens: of each request.
+        on_gpus: the tool can use a GPU.
     """
 
     model: str
@@ -25,6 +26,7 @@ class BenchmarkLoad:
     in_flight: int
     prompt_tokens: int
     answer_tokens: int
+    on_gpus: bool = True
 
 
 class OwnBenchmark(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_llama_cpps_tool_decodes_the_sequences_of_the_point(tmp_path: Path) -> N
     words = own("llamacpp").words(load("m:1", tmp_path))
     assert Path(option(words, "-m")).read_bytes()[:4] == b"GGUF"
     figures = {name: option(words, name) for name in ("-npp", "-ntg", "-npl", "-c")}
-    assert figures == {"-npp": "100", "-ntg": "50", "-npl": "8", "-c": "1200"}
+    assert figures == {"-npp": "100", "-ntg": "50", "-npl": "8,1", "-c": "1200"}
 
 
 def test_llama_cpps_tool_is_found_next_to_the_server(tmp_path: Path) -> None:
@@ -57,6 +58,9 @@ def test_vllms_tool_loads_the_snapshot(tmp_path: Path) -> None:
     assert option(words, "--random-input-len") == "100"
     assert option(words, "--random-output-len") == "50"
     assert int(option(words, "--max-model-len")) >= 150
+    assert "--enforce-eager" not in words
+    on_cpu = replace(load(str(folder), tmp_path), on_gpus=False)
+    assert "--enforce-eager" in own("vllm").words(on_cpu)
     with pytest.raises(ModelError):
         own("vllm").words(load("hf:org/absent", tmp_path))
 
@@ -66,6 +70,7 @@ def test_a_running_server_is_asked_by_vllms_tool(tmp_path: Path) -> None:
     assert words[:2] == ["bench", "serve"]
     assert option(words, "--base-url") == "http://gpu:8000"
     assert option(words, "--max-concurrency") == "8"
+    assert option(words, "--endpoint") == "/v1/completions"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,16 @@ def test_a_running_server_is_asked_by_vllms_tool(tmp_path: Path) -> None:
         ("vllm", "Throughput: 2.10 requests/s, 310.00 total tokens/s, 105.25 output tokens/s\n",
          105.25),
         ("vllm", "Throughput: none\n", None),
+        ("vllm", "Processed prompts: 100%|###| 6/6 [00:29<00:00, est. speed input: 8.17 toks/s, "
+                 "output: 1.63 toks/s]\r\nThroughput: 0.26 requests/s, 12.28 total tokens/s, "
+                 "2.05 output tokens/s\nTotal num prompt tokens:  240\n", 2.05),
+        ("external", "Request throughput (req/s):              0.13      \n"
+                     "Output token throughput (tok/s):         1.07      \n"
+                     "Peak output token throughput (tok/s):    6.00      \n", 1.07),
+        ("llamacpp", '{"n_kv_max": 512, "n_batch": 2048, "n_ubatch": 512, "flash_attn": -1, '
+                     '"is_pp_shared": 0, "n_gpu_layers": -1, "n_threads": 2, "n_threads_batch": 2, '
+                     '"pp": 40, "tg": 8, "pl": 2, "n_kv": 96, "t_pp": 0.75, "speed_pp": 106.79, '
+                     '"t_tg": 0.25, "speed_tg": 65.81, "t": 1.0, "speed": 96.75}\n', 16.0),
         ("external", "Output token throughput (tok/s):         321.50    \n", 321.5),
         ("external", "Total token throughput (tok/s):          900.00    \n", None),
     ],

@@ -37,6 +37,7 @@ class ThroughputBench:
             "bench", "throughput", "--model", str(snapshot), *_lengths(load),
             "--max-num-seqs", str(load.in_flight),
             "--max-model-len", str(load.prompt_tokens + load.answer_tokens + _SPECIAL_TOKENS),
+            *([] if load.on_gpus else ["--enforce-eager"]),  # as in a run
         ]  # fmt: skip
 
     def tokens_per_second(self, printed: str) -> float | None:
@@ -54,10 +55,14 @@ class ServeBench:
         return shutil.which("vllm", path=environ.get("PATH"))
 
     def words(self, load: BenchmarkLoad) -> list[str]:
-        """Return the arguments for random prompts of the same length."""
+        """Return the arguments for random prompts of the same length.
+
+        They go to /v1/completions: in a chat, the server would add the tokens of its template,
+        which the point's lengths contain already.
+        """
         return [
-            "bench", "serve", "--backend", "openai-chat", "--base-url", load.url or "",
-            "--endpoint", "/v1/chat/completions", "--model", load.model, *_lengths(load),
+            "bench", "serve", "--backend", "openai", "--base-url", load.url or "",
+            "--endpoint", "/v1/completions", "--model", load.model, *_lengths(load),
             "--max-concurrency", str(load.in_flight),
         ]  # fmt: skip
 

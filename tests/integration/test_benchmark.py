@@ -63,7 +63,7 @@ def test_engines_are_measured_on_this_machine(
     assert user.none_left(), user.processes()
 
 
-def tiny_point(place: Path) -> dict[str, Any]:
+def compared(place: Path) -> dict[str, Any]:
     """Return the only point of a benchmark, whose throughput the engine's own tool measured too."""
     (point,) = record(place)["points"]
     found: dict[str, Any] = point["compared"]
@@ -83,7 +83,7 @@ def test_vllms_own_tools_measure_the_same_point(
     small = ["--mix", "classify", "--requests", "4", "--concurrency", "2", "--model", hub_model]
     user.run(aiflux, "benchmark", *small, "--local", "--against", "--context-length", "512",
              cwd=place, env=env, timeout=900)  # fmt: skip
-    assert tiny_point(place)["tool"] == "vllm bench throughput"
+    assert compared(place)["tool"] == "vllm bench throughput"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     serve = [vllm, "serve", hub_model, "--host", "127.0.0.1", "--port", str(port),
@@ -99,4 +99,15 @@ def test_vllms_own_tools_measure_the_same_point(
     finally:
         server.terminate()
         server.wait()
-    assert tiny_point(place)["tool"] == "vllm bench serve"
+    assert compared(place)["tool"] == "vllm bench serve"
+
+
+def test_llama_cpps_own_tool_measures_the_same_point(
+    user: User, aiflux: Path, llama_server: Path, models: Path, tiny: str, place: Path
+) -> None:
+    env = {"AIFLUX_ENGINE_PROGRAM": str(llama_server), "AIFLUX_ENGINE": "llamacpp",
+           "AIFLUX_MODELS_DIR": str(models)}  # fmt: skip
+    user.run(aiflux, "benchmark", "--mix", "classify", "--requests", "8", "--concurrency", "2",
+             "--slots", "2", "--model", tiny, "--local", "--against",
+             cwd=place, env=env)  # fmt: skip
+    assert compared(place)["tool"] == "llama-batched-bench"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Usage: cpu-build.sh DIR
-# Assembles llama-server of Debian sid in DIR: DIR/bin/llama-server, and DIR/lib with its libraries
-# and its own libc (12 MB to download, 42 MB in DIR). DIR may be moved or copied. Needs no root.
+# Assembles llama-server and llama-batched-bench of Debian sid in DIR/bin, and their libraries with
+# a libc in DIR/lib (12 MB to download, 42 MB in DIR). DIR may be moved or copied. Needs no root.
 # The packages come from the Debian mirror of this machine's apt, whose signature apt checks. Run
 # again, it does nothing unless the scripts changed. For tests, demos and nodes without a GPU.
 set -eu
@@ -10,7 +10,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 container=$(dirname -- "$(dirname -- "$here")")
 what="CPU build of llama.cpp"
 mark=lib/aiflux-cpu-build
-packages="llama.cpp-tools libllama0 libggml0 libc6 libstdc++6 libgcc-s1 libgomp1 libssl3t64"
+packages="llama.cpp-tools llama.cpp-tools-extra libllama0 libggml0 libc6 libstdc++6 libgcc-s1 libgomp1 libssl3t64"
 # shellcheck source=container/assemble.sh
 . "$container/assemble.sh"
 # shellcheck source=container/debian-sid.sh
@@ -42,8 +42,10 @@ assemble() {
     mkdir "$1/lib" "$1/bin"
     libraries=$(echo "$1"/unpacked/usr/lib/*-linux-gnu)
     cp -a -t "$1/lib" "$libraries"/*.so* "$libraries"/llama/*.so "$libraries"/ggml/backends0/*.so
-    cp -t "$1/lib" "$1/unpacked/usr/bin/llama-server"
-    install -m 755 "$here/cpu-launcher.sh" "$1/bin/llama-server"
+    for program in llama-server llama-batched-bench; do
+        cp -t "$1/lib" "$1/unpacked/usr/bin/$program"
+        install -m 755 "$here/cpu-launcher.sh" "$1/bin/$program"
+    done
     rm -rf "$1/sid" "$1/unpacked"
     "$1/bin/llama-server" --version >/dev/null 2>&1 ||
         die "the $what does not run: $("$1/bin/llama-server" --version 2>&1 | tail -n 1)"

@@ -1,7 +1,10 @@
 #!/bin/sh
-# Starts the llama-server in ../lib with the libc that is next to it. The process keeps its pid.
+# Starts the program of its own name in ../lib with the libc that is next to it. The process keeps
+# its pid.
 set -eu
 
-lib=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")/lib
+self=$(readlink -f -- "$0")
+name=$(basename -- "$self")
+lib=$(dirname -- "$(dirname -- "$self")")/lib
 loader=$(echo "$lib"/ld-linux*)
-exec "$loader" --library-path "$lib" --argv0 llama-server "$lib/llama-server" "$@"
+exec "$loader" --library-path "$lib" --argv0 "$name" "$lib/$name" "$@"

@@ -19,6 +19,8 @@ KNEE_SHARE = 0.9
 _FAILED_MORE = 0.05
 _FILLED = 2
 _NEARLY = 0.9
+_FEWEST = 8
+_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class PointFigures:
         engines, slots: number of engines, and slots of the first; None if they are unknown.
         most_in_flight: the largest number in flight, for however short a time.
         reason: the most frequent reason of the failures; None if no request failed.
+        margin: half of the 95 % interval of the throughput, as a share of it; None if unknown.
     """
 
     in_flight: int
@@ -72,6 +75,7 @@ class PointFigures:
     slots: int | None = None
     most_in_flight: int = 0
     reason: str | None = None
+    margin: float | None = None
 
     @property
     def answered(self) -> bool:
@@ -177,7 +181,29 @@ def figures_of(observations: Sequence[Observation], engines: Sequence[EngineFact
         slots=engines[0].slots if engines else None,
         most_in_flight=most_in_flight(observations),
         reason=reasons.most_common(1)[0][0] if reasons else None,
+        margin=_margin(good),
     )
+
+
+def _margin(good: Sequence[Observation]) -> float | None:
+    """Return half of the 95 % interval of the throughput, as a share of it.
+
+    With a constant number in flight, throughput is that number times the ratio of all tokens to
+    all times (Little's law). The interval is that of a ratio of means of independent requests:
+    Cochran, Sampling Techniques, 6.4. What changes for all requests at once, such as other load of
+    the machine, is not in it.
+    """
+    works = [item.completion_tokens for item in good]
+    if not any(works):
+        works = [1] * len(good)
+    if len(good) < _FEWEST:
+        return None
+    ratio = sum(works) / sum(item.seconds for item in good)
+    squares = sum(
+        (work - ratio * item.seconds) ** 2 for work, item in zip(works, good, strict=True)
+    )
+    error = math.sqrt(squares / (len(good) - 1) / len(good))
+    return _NORMAL_95 * error / fmean(works)
 
 
 def _percentile(ordered: Sequence[float], percent: int) -> float:
@@ -210,6 +236,23 @@ def knee(points: Sequence[Point], share: float = KNEE_SHARE) -> Point | None:
     best = max(map(_throughput, good), default=0.0)
     near = [point for point in good if _throughput(point) >= share * best]
     return min(near, key=lambda point: point.concurrency, default=None)
+
+
+def other_knees(points: Sequence[Point]) -> list[Point]:
+    """Return the points of one series that may be its knee, too, by the intervals of throughput."""
+    found, good = knee(points), sorted(_sound(points), key=lambda point: point.concurrency)
+    if found is None:
+        return []
+    best = max(good, key=_throughput)
+    low, high = (KNEE_SHARE * _throughput(best) * (1 + sign * _margin_of(best)) for sign in (-1, 1))
+    at = good.index(found)
+    less = [p for p in good[:at] if _throughput(p) * (1 + _margin_of(p)) >= low]
+    unsure = found != best and _throughput(found) * (1 - _margin_of(found)) < high
+    return [*less, *(good[at + 1 : at + 2] if unsure else [])]
+
+
+def _margin_of(point: Point) -> float:
+    return 0.0 if point.figures is None else point.figures.margin or 0.0
 
 
 def _sound(points: Sequence[Point]) -> list[Point]:

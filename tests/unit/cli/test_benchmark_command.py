@@ -207,7 +207,7 @@ def test_a_benchmark_whose_requests_all_fail_shows_why_and_ends_with_3(place: Pa
     with FaultyEngine(delay=0.01) as engine:
         done = benchmark("--input", "in.jsonl", *at(engine, "--concurrency", "1,2"), code=3)
     rows = [line.split() for line in done.stdout.splitlines() if line[:2] in ("1 ", "2 ")]
-    assert rows == [[count, "-", "-", "-", "-", "all", "8"] for count in "12"]
+    assert rows == [[count, *["-"] * 5, "all", "8"] for count in "12"]
     assert "  8 failed: http_400: " in done.stdout
     assert "recommended" not in done.stdout
     assert "all 16 requests failed; the most frequent reason: http_400: " in done.stderr
@@ -425,7 +425,7 @@ def test_the_engines_own_tool_is_shown_beside_the_same_point(programs: Path) -> 
     lines = benchmark(*HERE, "--engine", "llamacpp", "--slots", "2", "--against").stdout
     assert ", 40 by llama-batched-bench" in lines
     words = (programs / "words").read_text().splitlines()
-    assert words[words.index("-npl") + 1] == "2"
+    assert words[words.index("-npl") + 1] == "2,1"
     assert Path(words[words.index("-m") + 1]).read_bytes()[:4] == b"GGUF"
     found = json.loads((FOLDER / "benchmark.json").read_text())["points"][0]
     assert found["compared"]["tokens_per_second"] == 40

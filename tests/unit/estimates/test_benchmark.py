@@ -18,6 +18,7 @@ from aiflux.estimates.benchmark import (
     figures_of,
     knee,
     knees,
+    other_knees,
     recommended,
     still_rises,
 )
@@ -179,3 +180,45 @@ def test_of_knees_that_are_about_equally_good_the_first_is_recommended() -> None
     best = recommended(all_)
     assert best is not None
     assert best.series == SERIES
+
+
+def test_the_interval_contains_the_true_throughput_nineteen_times_in_twenty() -> None:
+    """Here, four requests in flight generate 10 tokens/s each, with noise."""
+    source = Random(5)
+    inside = 0
+    for _ in range(300):
+        found, ends = [], [0.0] * 4
+        for _ in range(64):
+            lane = ends.index(min(ends))
+            tokens = source.randint(5, 50)
+            seconds = tokens / 10 * source.uniform(0.5, 1.5)
+            found.append(Observation("m", ends[lane], ends[lane] + seconds, 10, tokens, 100))
+            ends[lane] += seconds
+        figures = figures_of(found, [])
+        assert figures.margin is not None
+        mean = (
+            4 * sum(each.completion_tokens for each in found) / sum(each.seconds for each in found)
+        )
+        inside += abs(mean - 40) <= figures.margin * mean
+    assert 0.92 <= inside / 300 <= 0.98
+
+
+def test_too_few_requests_have_no_interval() -> None:
+    found = [Observation("m", at, at + 1.0, 10, 5, 100) for at in range(3)]
+    assert figures_of(found, []).margin is None
+
+
+@pytest.mark.parametrize(
+    ("margin", "others"),
+    [(0.0, []), (0.005, []), (0.02, [8]), (0.1, [2, 8])],
+)
+def test_points_that_may_be_the_knee_too(margin: float, others: list[int]) -> None:
+    sweep = [
+        replace(point, figures=replace(point.figures, margin=margin))
+        for point in points(50, 85, 92, 100)
+        if point.figures is not None
+    ]
+    found = knee(sweep)
+    assert found is not None
+    assert found.concurrency == 4
+    assert [point.concurrency for point in other_knees(sweep)] == others

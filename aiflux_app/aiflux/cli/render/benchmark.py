@@ -17,14 +17,15 @@ from aiflux.estimates.benchmark import (
     Workload,
     by_series,
     equally_good,
+    other_knees,
 )
 from aiflux.report.format import rate, seconds_text
 from aiflux.slurm.config_template import run_settings
 from aiflux.util.text import joined
 
-_COLUMNS = (12, 12, 12, 13, 13, 8)
-_TITLES = ("in flight", "requests/s", "answer", "time per", "slowest", "failed")
-_SUBTITLES = ("", "", "tokens/s", "request", "1 %", "")
+_COLUMNS = (12, 12, 12, 9, 13, 13, 8)
+_TITLES = ("in flight", "requests/s", "answer", "+-", "time per", "slowest", "failed")
+_SUBTITLES = ("", "", "tokens/s", "", "request", "1 %", "")
 _FEW = "too few requests to keep that many in flight"
 _FEWER = "fewer requests were in flight than set"
 _PLOT_WIDTH, _PLOT_HEIGHT, _AXIS = 60, 12, 9
@@ -98,11 +99,12 @@ def _table(points: Sequence[Point], found: Benchmark, width: int) -> Iterator[st
 
 def _cells(name: str, figures: PointFigures) -> Sequence[str]:
     if not figures.answered:
-        return (name, "-", "-", "-", "-", f"all {figures.failed}")
+        return (name, "-", "-", "-", "-", "-", f"all {figures.failed}")
     return (
         name,
         rate(figures.requests_per_second),
         rate(figures.tokens_per_second) if figures.tokens_per_second else "-",
+        "-" if figures.margin is None else f"{figures.margin:.0%}",
         seconds_text(figures.p50),
         seconds_text(figures.p99),
         str(figures.failed),
@@ -136,6 +138,13 @@ def _warnings(found: Benchmark) -> Iterator[str]:
     alike = [point.name for point in equally_good(points)]
     if len(alike) > 1:
         yield f"{joined(alike)} are about equally good: the first is recommended"
+    for each in by_series(points).values():
+        others = [point.name for point in other_knees(each)]
+        if others:
+            yield (
+                f"the knee may also be {joined(others)}: the intervals of the throughput overlap, "
+                "which more --requests make narrower"
+            )
     for point in points:
         lost = point.figures
         if point.name == found.recommended and lost is not None and lost.failed:

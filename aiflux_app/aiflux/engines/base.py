@@ -441,6 +441,7 @@ class ForeignModelsKind(CommonKind):
     options_place: str
     stores_models = False
     program = ""
+    without_room = "their answers end where the context ends, or the server refuses them"
     # The server may be an Ollama, whose names have two forms; equal names always match.
     input_rules = InputRules(accepts_model)
 

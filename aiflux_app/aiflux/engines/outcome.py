@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from aiflux.core.batch.prompt_lengths import TOO_LONG
 from aiflux.core.batch.request import (
     EMBEDDINGS,
     WITHOUT_TEXT,
@@ -30,6 +31,13 @@ _BEFORE = 60
 _EXCERPT = 200
 # Sent by llama-server and others with a 503 while the model is loaded.
 _LOADING = re.compile(r"\bloading\b", re.IGNORECASE)
+# Of vLLM, llama-server, OpenAI and SGLang.
+_LONG = re.compile(
+    r"context (?:length|size|window)|context_length_exceeded|exceed_context_size"
+    r"|longer than the (?:model|context)|prompt is too long",
+    re.IGNORECASE,
+)
+_OF_THE_REQUEST = frozenset({400, 413, 422})
 _TITLE = re.compile(rb"<title[^>]*>([^<]*)", re.IGNORECASE)
 CrashCode = Callable[[int, str], str | None]
 """From status and message: the code of an answer that means an engine crash."""
@@ -130,9 +138,10 @@ def judge_answer(
     retried = answer.status in RETRIED_STATUSES or answer.status >= 500
     if answer.status == 429 and any(f'"{code}"' in text for code in _NO_QUOTA):
         retried = False  # waiting does not help
+    long = answer.status in _OF_THE_REQUEST and _LONG.search(message)
     return Outcome(
         Kind.RETRY if retried and answer.status != 501 else Kind.FAILED,
-        f"http_{answer.status}",
+        TOO_LONG if long else f"http_{answer.status}",
         message,
         answer.status,
         kept,

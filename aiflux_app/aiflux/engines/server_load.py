@@ -61,9 +61,14 @@ class Load:
 
 def reported(fetch: Get, path: str) -> dict[str, Any]:
     """Return the JSON object that a server reports at a path; {} for any other outcome."""
+    return json_object(fetch(path) or b"null")
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in an answer; {} for any other content."""
     try:
-        content = json.loads(fetch(path) or b"null")
-    except ValueError:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

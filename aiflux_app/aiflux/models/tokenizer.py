@@ -164,6 +164,9 @@ class ModelTokenizer:
             return self.count(text)
         return self.count(text.removeprefix(self.start), special=True)
 
+    def close(self) -> None:
+        """Do nothing: it holds no connection."""
+
 
 def one_thread() -> AbstractContextManager[None]:
     """Keep the library ``tokenizers`` from starting threads, after which nothing may fork."""

@@ -10,9 +10,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from aiflux import __version__
+from aiflux.core.batch.prompt_lengths import TOO_LONG
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.plan import Plan
-from aiflux.core.runs.status_file import Counts, EngineFacts, StatusDetails, StatusFile, whole_seal
+from aiflux.core.runs.status_file import (
+    Counts,
+    EngineFacts,
+    StatusDetails,
+    StatusFile,
+    left_out,
+    whole_seal,
+)
 from aiflux.engines.kinds import engine_kind
 from aiflux.estimates.energy import UNKNOWN_RATES, Rates, SlurmEnergy, energy_figures
 from aiflux.estimates.estimate import ComparedFigure, Estimate, compare
@@ -390,6 +398,11 @@ _KNOWN = {
         "the answer is not in the form of the OpenAI API",
         "check --engine-url, and any proxy in between",
     ),
+    TOO_LONG: Advice(
+        "the prompt, or the prompt and its answer, is longer than the context",
+        "set a smaller max_tokens or a longer context (--context-length, or the server's), or "
+        f"send them in parts (--too-long chunk); {_RETRY}",
+    ),
     "internal_error": Advice(
         "a bug in AI-Flux stopped the request",
         f"report the trace in the log (aiflux logs); after an update, {_RETRY}",
@@ -495,7 +508,7 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
         completed=completed,
         failed=failed,
         left=max(0, plan.requests - completed - failed),
-        allowed_failures=plan.allowed_failures,
+        allowed_failures=plan.allowed_failures + left_out(plan, all_details(sources)),
         recorded=whole.results,
         superseded=whole.superseded,
         cut_at_limit=whole.cut,

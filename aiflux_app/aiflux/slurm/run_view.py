@@ -13,7 +13,14 @@ from typing import Any
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.local_process import LocalProcess
 from aiflux.core.runs.plan import Plan, Shard
-from aiflux.core.runs.status_file import Counts, SlurmJob, StatusDetails, StatusFile, seal_of
+from aiflux.core.runs.status_file import (
+    Counts,
+    SlurmJob,
+    StatusDetails,
+    StatusFile,
+    left_out,
+    seal_of,
+)
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
@@ -461,7 +468,8 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         total=facts.plan.requests,
         completed=completed,
         failed=failed,
-        allowed_failures=facts.plan.allowed_failures,
+        allowed_failures=facts.plan.allowed_failures
+        + left_out(facts.plan, (each.details for each in facts.shards)),
         requests_per_second=round(sum(shard.requests_per_second for shard in shards), 3),
         tokens_per_second=round(sum(shard.tokens_per_second for shard in shards), 3),
         remaining_seconds=_remaining(shards),

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
@@ -333,6 +333,9 @@ class Source:
     Args:
         index: the results of earlier starts.
         splits: of the requests whose prompts are too long, by the offsets of their lines.
+
+    Attributes:
+        left_out: offsets of the lines with requests that are not sent.
     """
 
     def __init__(
@@ -347,7 +350,8 @@ class Source:
         self._shard = shard
         self._index = index
         self._reader = reader
-        self._splits = splits
+        self.splits = splits
+        self.left_out: Collection[int] = ()
         self._kind = engine_kind(plan.options)
         self._rules = input_rules(self._kind, plan.options)
         self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
@@ -367,10 +371,14 @@ class Source:
         """Yield the requests of one model that have no result yet, in input order."""
         for number, offset, raw in self._lines():
             key = request_key(raw)
-            if self._earlier(key) is None:
+            if self._earlier(key) is None and offset not in self.left_out:
                 for task in self._task(number, offset, raw, key, model):
                     self._restore(task)
                     yield task
+
+    def is_done(self, key: bytes) -> bool:
+        """Return whether a request has a result of an earlier start."""
+        return self._earlier(key) is not None
 
     def answered(self, model: str, url: str) -> Task | None:
         """Return a request to an endpoint that succeeded in an earlier start, if any."""
@@ -393,7 +401,7 @@ class Source:
             parameters = plan.options.parameters_of(served)
             body = build_body(request, served, parameters, self._kind, self._adapters)
             name, url = request.custom_id, request.url
-            chunks = Chunks.of(key, name, url, body, self._splits.get(offset))
+            chunks = Chunks.of(key, name, url, body, self.splits.get(offset))
             parts = chunks or Samples.of(key, name, url, body)
             # Of a prompt that is too long, a part shows whether the engine answers at all.
             payload = json.dumps(body).encode() if chunks is None else chunks.payload(0)

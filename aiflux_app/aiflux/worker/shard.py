@@ -16,8 +16,12 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
+from aiflux.core.batch.prompt_lengths import TOO_LONG, PromptLimit
+from aiflux.core.batch.request import request_key
+from aiflux.core.config.settings import CHUNK
 from aiflux.core.runs.directory import RunDirectory, own_command
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
+from aiflux.core.runs.open import find_in_run, refuse_long, too_long_result
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import (
     Plan,
@@ -33,6 +37,7 @@ from aiflux.core.runs.status_file import (
     Status,
     StatusDetails,
     Tuning,
+    allowed_failures,
     read_status,
     read_statuses,
 )
@@ -41,9 +46,12 @@ from aiflux.engines.base import Engine, EngineSpec, FetchContext
 from aiflux.engines.gpus import gpu_names, group, visible_devices
 from aiflux.engines.http import Client
 from aiflux.engines.kinds import engine_kind
+from aiflux.engines.outcome import Kind, Outcome
 from aiflux.engines.ranks import Ranks
+from aiflux.engines.server_context import server_limit
 from aiflux.errors import (
     AifluxError,
+    ConfigError,
     ExitCode,
     RequeueError,
     RunConflictError,
@@ -53,7 +61,9 @@ from aiflux.errors import (
 )
 from aiflux.util.files import temporary_folder
 from aiflux.util.lease import acquire
+from aiflux.util.lines import read_lines
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
+from aiflux.util.text import counted
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
@@ -74,6 +84,10 @@ _DEADLINE_MARGIN = 15.0
 _RESTART_SHARE = 0.05
 # Options on which the best number of slots depends, and that are not part of the run's identity.
 _TUNED_FOR = ("slots", "context_length", "gpus_per_engine", "nodes_per_engine")
+_NO_CONTEXT = "the server does not report its context"
+_SMALL_CONTEXT = 4096
+"""Tokens: that of an Ollama without settings."""
+_BEFORE_THE_RUN = "leave out prompts that are too long (--too-long skip) or split them (chunk)"
 
 
 @dataclass
@@ -229,6 +243,8 @@ class _ShardWork:
         if earlier is not None:
             facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
             facts.tunings = earlier.details.tunings
+            facts.left_out = earlier.details.left_out
+        self.left_out: dict[str, int] = {}
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
@@ -305,8 +321,8 @@ class _ShardWork:
 
     def _finish(self) -> None:
         self._sync_status()
-        run_wide = self.plan.allowed_failures
-        own = self.stats.failed > run_wide
+        plan, run, left_out = self.plan, self.run_directory, self.status.details.left_out
+        own = self.stats.failed > plan.allowed_failures + left_out
         self.status.details.exit_code = int(ExitCode.FAILURES if own else ExitCode.OK)
         merged = merge_when_last(
             self.plan,
@@ -316,13 +332,18 @@ class _ShardWork:
             self.context.reporter.say,
         )
         failed = self.stats.failed if merged is None else merged.failed
-        if failed > run_wide:
+        allowed = (
+            plan.allowed_failures + left_out if merged is None else allowed_failures(plan, run)
+        )
+        if failed > allowed:
             last = self.stats.errors[-1] if self.stats.errors else None
             shown = f"; the last: {last.param}: {last.message}" if last else ""
+            long = any(each.code == TOO_LONG for each in self.stats.errors)
+            remedy = f"{_BEFORE_THE_RUN}; " if long else ""
             raise TooManyFailuresError(
                 f"{failed} of {self.plan.requests} requests failed "
-                f"({run_wide} allowed by --max-failures){shown}",
-                "the output has the error of each; to send them again: the same "
+                f"({plan.allowed_failures} allowed by --max-failures){shown}",
+                f"{remedy}the output has the error of each; to send them again: the same "
                 f"`{own_command(self.plan.output)}` command with --retry-failed",
             )
 
@@ -436,6 +457,8 @@ class _ModelWork:
         self.load_watches: list[server_load.LoadWatch] = []
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()
+        self._length_lock = threading.Lock()
+        self._journal = journal
         self.pool = Pool(
             self.scheduler,
             engines,
@@ -520,6 +543,7 @@ class _ModelWork:
             lane.limit = self._limit_of(engine)
         digest = engine.model_digest()
         self.plan.refuse_changed_model(self.model, digest)
+        self._check_lengths(engine)
         facts = self.shard.status.details
         facts.engines = tuple(each.engine.facts for each in self.supervisors)
         if digest is not None:
@@ -556,6 +580,66 @@ class _ModelWork:
         for each in self.supervisors:
             each.restart(slots)
         return True
+
+    def _check_lengths(self, engine: Engine) -> None:
+        """Find prompts that are too long, before the first request, if planning could not.
+
+        Raises:
+            InputError: the run is to fail then, or they cannot be split.
+            ConfigError: they are to be split, and the context is unknown.
+        """
+        plan = self.plan
+        if not plan.lengths_at_start:
+            return
+        with self._length_lock:
+            if self.model not in self.shard.left_out:
+                limit = server_limit(plan, self.model, engine.client)
+                engine.facts.context_length = None if limit is None else limit.context
+                left_out = self._leave_out(limit) if limit else self._unknown_context()
+                self.shard.left_out[self.model] = left_out
+                self.shard.status.details.left_out = sum(self.shard.left_out.values())
+
+    def _unknown_context(self) -> int:
+        """Say that lengths are not checked; return 0, the number of requests that are left out."""
+        how = "say what it is with --context-length N"
+        if self.plan.options.too_long == CHUNK:
+            raise ConfigError(f"{_NO_CONTEXT}, so prompts cannot be split (--too-long chunk)", how)
+        if self.plan.input.longest_tokens > _SMALL_CONTEXT:
+            self.context.reporter.say(f"{_NO_CONTEXT}, so prompts that are too long are not found "
+                                      f"before they are sent; {how}")  # fmt: skip
+        return 0
+
+    def _leave_out(self, limit: PromptLimit) -> int:
+        """Leave out or split the requests that are too long; return how many are left out."""
+        plan, shard, source = self.plan, self.shard.shard, self.shard.source
+        kind, span = engine_kind(plan.options), (shard.start, shard.end)
+        found = find_in_run(plan.input, plan, kind, {self.model: limit}, span)
+        if found is None or not found.facts.too_long:
+            return 0
+        refuse_long(found, plan)
+        facts, say = found.facts, self.context.reporter.say
+        if not facts.counted:
+            say(f"warning: about {counted(facts.too_long, 'prompt')} may be too long for the "
+                f"context of {facts.context:,} tokens ({facts.where}): this is an estimate, "
+                f"because {facts.uncounted}")  # fmt: skip
+            return 0
+        many = counted(facts.too_long, "request")
+        context = f"the context of {facts.context:,} tokens"
+        if found.splits:
+            source.splits = {**source.splits, **dict(zip(found.offsets, found.splits, strict=True))}
+            say(f"{many} too long for {context}: sent in {facts.parts:,} parts (--too-long chunk)")
+            return 0
+        source.left_out = {*source.left_out, *found.offsets}
+        say(f"{many} too long for {context}: not sent (--too-long skip; {facts.where})")
+        for offset, tokens in zip(found.offsets, found.tokens, strict=True):
+            _, _, raw = next(read_lines(plan.input_path, offset, offset + 1))
+            key = request_key(raw)
+            if not source.is_done(key):
+                result = too_long_result(plan, raw, key, tokens, facts.context)
+                self._journal.append(result)
+                message = f"not sent: the prompt has {tokens:,} tokens"
+                self.shard.stats.recorded(Outcome(Kind.FAILED, TOO_LONG, message), result.custom_id)
+        return facts.too_long
 
     def _limit_of(self, engine: Engine) -> Limit:
         """Return the limit of an engine: by its slots, or adaptive where they are unknown."""

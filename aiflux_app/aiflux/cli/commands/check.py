@@ -24,7 +24,9 @@ from aiflux.slurm.preflight.local import check_lengths, finding_text
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
 
-_OF_LENGTHS = {"engine", "context_length", "max_tokens", "too_long", "models_dir"}
+_OF_LENGTHS = {
+    "engine", "engine_url", "engine_ca", "context_length", "max_tokens", "too_long", "models_dir",
+}  # fmt: skip
 _WITHOUT = {setting.name for setting in SETTINGS} - _OF_LENGTHS
 
 

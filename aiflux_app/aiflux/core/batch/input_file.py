@@ -401,6 +401,8 @@ class InputFacts:
         mean_tokens: the same on average, for every answer that the request asks for (``n``).
         ignored: by name, the fields that the engine ignores.
         adapted: how requests differ from OpenAI's form or the run's model, and their numbers.
+        longest_line: bytes of the longest request; 0 in plans that do not have it.
+        longest_answer: tokens of the longest answer that a request sets; 0 if none does.
     """
 
     path: Path
@@ -415,6 +417,8 @@ class InputFacts:
     ignored: dict[str, IgnoredField] = field(default_factory=dict, metadata=OMITTED)
     adapted: dict[str, int] = field(default_factory=dict, metadata=OMITTED)
     source: Path | None = field(default=None, metadata=OMITTED)
+    longest_line: int = 0
+    longest_answer: int = 0
 
     @property
     def named(self) -> Path:
@@ -430,15 +434,11 @@ class InputSummary(InputFacts):
         models: models that bodies name, in order of first appearance.
         unnamed: number of requests whose body names no model.
         marks: possible boundaries of shards, fewer in large inputs.
-        longest_line: bytes of the longest request.
-        longest_answer: tokens of the longest answer that a request sets; 0 if none does.
     """
 
     models: tuple[str, ...]
     unnamed: int
     marks: tuple[Mark, ...]
-    longest_line: int = 0
-    longest_answer: int = 0
 
     @property
     def facts(self) -> InputFacts:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from aiflux.core.batch.input_file import (
     NOTHING_SENT,
-    InputSummary,
+    InputFacts,
     answer_tokens,
     estimate_prompt,
     scored_texts,
@@ -31,9 +32,15 @@ from aiflux.util.records import OMITTED
 from aiflux.util.text import joined
 
 TOO_LONG = "too_long"
-"""Code of the error of a request that was not sent."""
+"""Code of the error of a request that was not sent because its prompt is too long, or that the
+engine refused for this reason."""
 _PART_BYTES = 4 << 20
+AT_ONCE = 8
+"""Prompts that a server counts at once, each from another part of the input."""
+_ASKED_BYTES = 256 << 10
 _SHOWN_LINES = 20
+# A prompt has at most this many times its estimated tokens, unless its text is unusual.
+_ESTIMATE_FACTOR = 2
 # Templates can indent the JSON of tools.
 _INDENTED = 4
 _STEP = 512
@@ -48,12 +55,15 @@ class PromptLimit:
         maximum: tokens of context that the model has at most; 0 if unknown.
         answer: tokens of an answer, for requests that do not set it; 0 if it has no limit.
         open_tokenizer: returns the model's tokenizer; raises ModelError or ConfigError.
+        asks: it asks a server. Prompts whose estimate is less than half of the context are not
+            counted.
     """
 
     context: int
     maximum: int
     answer: int
     open_tokenizer: Callable[[], ModelTokenizer]
+    asks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +130,7 @@ class LongPrompts:
             "--too-long chunk (send them in parts)",
         ]
         if not self.longer_context and self.maximum:
-            options.append(f"a model with more than {self.maximum:,} tokens of context")
+            options.append(f"a model or server with more than {self.maximum:,} tokens of context")
         shown = [
             f"line {line:,}: {tokens:,} tokens"
             for line, tokens in zip(self.lines, self.tokens, strict=True)
@@ -188,9 +198,15 @@ class _Counter:
 
     def count(self, url: str, body: Mapping[str, Any]) -> int:
         """Return the tokens of a prompt."""
-        if self._tokenizer is None:
-            return estimate_prompt(body)
+        estimate = estimate_prompt(body)
+        if self._tokenizer is None or (self.limit.asks and self._is_short(url, body, estimate)):
+            return estimate
         return count_prompt(self._tokenizer, url, body)
+
+    def _is_short(self, url: str, body: Mapping[str, Any], estimate: int) -> bool:
+        """Return whether a prompt is too short to ask a server about it."""
+        most = _ESTIMATE_FACTOR * estimate + self.answer(url, body)
+        return not body.get("tools") and most <= self.limit.context
 
     def answer(self, url: str, body: Mapping[str, Any]) -> int:
         """Return the tokens that an answer may have; 1 if it has no limit."""
@@ -270,11 +286,12 @@ class FoundPrompts:
 
 
 def find_long_prompts(
-    summary: InputSummary,
+    summary: InputFacts,
     limits: Mapping[str, PromptLimit],
     choose: ChooseModel,
     *,
     split_with: Mapping[str, Any] | None = None,
+    span: tuple[int, int | None] = (0, None),
     part_bytes: int = _PART_BYTES,
     children: int | None = None,
 ) -> FoundPrompts | None:
@@ -283,11 +300,13 @@ def find_long_prompts(
     Args:
         limits: of each model of the run; of a model that is not in it, nothing is known.
         split_with: split those that are too long; the fields that the run fills into bodies.
+        span: offsets between which the input is read; None for its end.
         part_bytes: the input is counted in parts of about this size.
         children: processes that share the work; None for as many as is safe.
 
     Raises:
         InputError: the input cannot be read.
+        EngineError: a server stopped counting.
     """
     answers = max([1, summary.longest_answer, *(limit.answer for limit in limits.values())])
     near = {
@@ -295,15 +314,16 @@ def find_long_prompts(
         for model, limit in limits.items()
         if LARGEST_EXPANSION * summary.longest_line + answers > limit.context // 2
     }
-    with one_thread():
-        counters, problem = _counters(near)
+    with one_thread(), ExitStack() as stack:
+        counters, problem = _counters(near, stack)
         if all(
             each.expansion * summary.longest_line + each.base + answers <= each.limit.context
             for each in counters.values()
         ):
             return None
         work = partial(_find_in_part, summary.path, counters, choose, answers, split_with)
-        found = _find(summary, work, part_bytes, children)
+        asks = any(each.limit.asks for each in counters.values())
+        found = _find(summary.path, span, work, part_bytes, children, asks=asks)
     if not found.offsets and not found.tight:
         return None
     limit = min((each.limit for each in counters.values()), key=lambda limit: limit.context)
@@ -326,13 +346,20 @@ def find_long_prompts(
     )
 
 
-def _counters(limits: Mapping[str, PromptLimit]) -> tuple[dict[str, _Counter], AifluxError | None]:
-    """Return the counter for each model, and why one of them can only estimate."""
+def _counters(
+    limits: Mapping[str, PromptLimit], stack: ExitStack
+) -> tuple[dict[str, _Counter], AifluxError | None]:
+    """Return the counter for each model, and why one of them can only estimate.
+
+    Args:
+        stack: closes their tokenizers.
+    """
     counters, problem = {}, None
     for model, limit in limits.items():
         tokenizer = None
         try:
             tokenizer = limit.open_tokenizer()
+            stack.callback(tokenizer.close)
         except (ModelError, ConfigError) as error:
             problem = error
         counters[model] = _Counter(limit, tokenizer)
@@ -391,20 +418,28 @@ class _Found:
 
 
 def _find(
-    summary: InputSummary,
+    path: Path,
+    span: tuple[int, int | None],
     work: Callable[[tuple[int, int]], _Found],
     part_bytes: int,
     children: int | None,
+    *,
+    asks: bool,
 ) -> _Found:
     found = _Found()
     try:
-        parts = cut_at_lines(summary.path, part_bytes)
+        parts = cut_at_lines(path, min(part_bytes, _ASKED_BYTES) if asks else part_bytes, *span)
+        if asks:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                for part in pool.map(work, parts):
+                    found.merge(part)
+            return found
         children = children if children is not None else helpers() if len(parts) > 1 else 0
         with closing(share_out(work, parts, children)) as results:
             for part in results:
                 found.merge(part)
     except OSError as error:
-        raise unreadable(summary.path, error) from error
+        raise unreadable(path, error) from error
     return found
 
 

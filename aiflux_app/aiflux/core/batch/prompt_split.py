@@ -242,7 +242,8 @@ def _parts(
             over = excess(text[start:end])
             if over <= 0:
                 break
-            limit = min(limit, tokens) - over
+            most = min(limit, tokens)
+            limit = max(most - over, most // 2)  # a server's tokens are only about where they are
             if limit < 1:
                 raise NoSplitError("a part of it has more tokens than the context has left")
         yield end, tokens

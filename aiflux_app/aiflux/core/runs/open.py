@@ -6,18 +6,19 @@ import os
 import shutil
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import IO
 
-from aiflux.core.batch.input_file import InputSummary, scan_input
+from aiflux.core.batch.input_file import InputFacts, InputSummary, scan_input
 from aiflux.core.batch.prompt_lengths import (
     TOO_LONG,
     ChooseModel,
     FoundPrompts,
+    PromptLimit,
     find_long_prompts,
 )
 from aiflux.core.batch.request import load_json, request_key
@@ -53,7 +54,14 @@ from aiflux.core.runs.status_file import (
     read_statuses,
     run_status,
 )
-from aiflux.errors import ConfigError, ModelError, OutputExistsError, RunConflictError, UsageError
+from aiflux.errors import (
+    ConfigError,
+    EngineError,
+    ModelError,
+    OutputExistsError,
+    RunConflictError,
+    UsageError,
+)
 from aiflux.models.name import shown_digest
 from aiflux.util.files import (
     absolute,
@@ -229,40 +237,71 @@ def with_long_prompts(
 ) -> tuple[Plan, FoundPrompts | None]:
     """Return a plan with the prompts that are too long; None if all fit, or are sent anyway.
 
+    If a server that AI-Flux does not start cannot count them now, a worker asks it again.
+
     Raises:
         InputError: the model's tokenizer counted prompts that are too long, and the run is to fail
             then; they are to be split and cannot be; or the input cannot be read.
-        ConfigError: they are to be split, and nothing is known about the model.
     """
     what = plan.options.too_long
     if what == SEND:
         return plan, None
     limits = {model: kind.prompt_limit(plan, model) for model in plan.models}
     known = {model: limit for model, limit in limits.items() if limit is not None}
-    if what == CHUNK and len(known) < len(limits):
-        raise ConfigError(
-            "--too-long chunk needs the model's tokenizer and context, and the server's are "
-            "unknown",
-            "leave it out, and split long documents with aiflux convert dir --chunk-tokens N",
-        )
-    split_with = input_rules(kind, plan.options).defaults if what == CHUNK else None
-    found = (
-        find_long_prompts(summary, known, _model_of(plan, kind), split_with=split_with)
-        if known
-        else None
+    try:
+        found = find_in_run(summary, plan, kind, known) if known else None
+    except EngineError:
+        known, found = {}, None
+    later = not kind.stores_models and (
+        len(known) < len(limits) or (found is not None and not found.facts.counted)
     )
-    if found is None:
+    plan = replace(plan, lengths_at_start=later)
+    if found is None or (later and what == CHUNK):
         return plan, None
+    refuse_long(found, plan)
     facts = found.facts
-    if what == FAIL and facts.too_long and facts.counted:
-        raise facts.error(summary.named)
     if what == CHUNK and facts.too_long:
-        if not facts.counted:
-            raise facts.uncounted_error(summary.named)
-        if found.whole:
-            raise found.unsplit_error(summary.path, summary.named)
         facts = replace(facts, splits=splits_digest(found.offsets, found.splits))
     return replace(plan, long_prompts=facts), found
+
+
+def find_in_run(
+    facts: InputFacts,
+    plan: Plan,
+    kind: PlanningKind,
+    limits: Mapping[str, PromptLimit],
+    span: tuple[int, int | None] = (0, None),
+) -> FoundPrompts | None:
+    """Return the prompts of a run that are too long, split if they are to be.
+
+    Args:
+        facts: of the input.
+        limits, span: see ``find_long_prompts``.
+
+    Raises:
+        InputError: the input cannot be read.
+        EngineError: a server stopped counting.
+    """
+    splits = plan.options.too_long == CHUNK
+    split_with = input_rules(kind, plan.options).defaults if splits else None
+    return find_long_prompts(facts, limits, _model_of(plan, kind), split_with=split_with, span=span)
+
+
+def refuse_long(found: FoundPrompts, plan: Plan) -> None:
+    """Refuse prompts that are too long, unless they are left out or split.
+
+    Raises:
+        InputError: the run is to fail then, or they are to be split and cannot be.
+    """
+    facts, what, given = found.facts, plan.options.too_long, plan.input
+    if not facts.too_long:
+        return
+    if what == FAIL and facts.counted:
+        raise facts.error(given.named)
+    if what == CHUNK and not facts.counted:
+        raise facts.uncounted_error(given.named)
+    if what == CHUNK and found.whole:
+        raise found.unsplit_error(given.path, given.named)
 
 
 def _model_of(plan: Plan, kind: PlanningKind) -> ChooseModel:
@@ -363,13 +402,13 @@ def _leave_out(plan: Plan, run: RunDirectory, long: FoundPrompts) -> None:
                 key = request_key(raw)
                 earlier = index.find(key)
                 if earlier is None or (earlier[2] and plan.options.retry_failed):
-                    journal.append(_too_long(plan, raw, key, long.tokens[at]))
+                    result = too_long_result(plan, raw, key, long.tokens[at], long.facts.context)
+                    journal.append(result)
 
 
-def _too_long(plan: Plan, raw: bytes, key: bytes, tokens: int) -> NewResult:
+def too_long_result(plan: Plan, raw: bytes, key: bytes, tokens: int, context: int) -> NewResult:
     """Return the result of a request that is not sent."""
     entry = load_json(raw)
-    context = plan.long_prompts.context if plan.long_prompts else 0
     message = f"not sent: the prompt has {tokens} tokens, and the context {context}"
     named = plan.served_names[0] if len(plan.models) == 1 else entry["body"].get("model")
     return NewResult(

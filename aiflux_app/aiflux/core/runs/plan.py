@@ -154,6 +154,8 @@ class Plan:
         adapters: of the run's only model.
         long_prompts: those that are too long for the context or leave little of it; None if all
             fit, or nothing is known about the model.
+        lengths_at_start: a worker compares the prompts with the context once the server is up,
+            because it could not be asked before.
         earlier: plans with other settings, whose results were kept.
     """
 
@@ -168,6 +170,7 @@ class Plan:
     digests: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = field(default=(), metadata=OMITTED)
     long_prompts: LongPrompts | None = field(default=None, metadata=OMITTED)
+    lengths_at_start: bool = field(default=False, metadata=OMITTED)
     earlier: tuple[EarlierPlan, ...] = field(default=(), metadata=OMITTED)
     aiflux: str = __version__
     version: int = PLAN_VERSION

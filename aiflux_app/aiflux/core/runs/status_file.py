@@ -303,6 +303,7 @@ class StatusDetails:
         gpus: names of the GPUs.
         requeues: times that the job went back to the queue by itself.
         ended: why the last start ended before it was done; ``remedy``: what to do about it.
+        left_out: number of requests that a worker did not send because their prompts are too long.
         replace: the run may replace an output that exists.
         empty_answers: of the whole run, written with its output.
     """
@@ -332,6 +333,7 @@ class StatusDetails:
     ended: str | None = field(default=None, metadata=OMITTED)
     remedy: str | None = field(default=None, metadata=OMITTED)
     exit_code: int | None = field(default=None, metadata=OMITTED)
+    left_out: int = field(default=0, metadata=OMITTED)
     replace: bool | None = field(default=None, metadata=OMITTED)
     empty_answers: dict[str, int] | None = field(default=None, metadata=OMITTED)
     merge: MergeFacts | None = field(default=None, metadata=OMITTED)
@@ -751,9 +753,20 @@ def finished_line(plan: Plan, counts: Counts) -> str:
     )
 
 
+def allowed_failures(plan: Plan, run: RunDirectory) -> int:
+    """Return how many requests may fail, with those that a plan or a worker left out."""
+    known = (read_status(run, each.index, plan) for each in plan.shards)
+    return plan.allowed_failures + left_out(plan, (each.details for each in known if each))
+
+
+def left_out(plan: Plan, details: Iterable[StatusDetails]) -> int:
+    """Return the number of requests that workers left out; 0 if the plan decides on them."""
+    return sum(each.left_out for each in details) if plan.lengths_at_start else 0
+
+
 def refuse_failures(plan: Plan, failed: int) -> None:
     """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
-    if failed > plan.allowed_failures:
+    if failed > allowed_failures(plan, RunDirectory.of_output(plan.output)):
         raise TooManyFailuresError(
             f"{failed} of {plan.requests} requests failed",
             f"try them again: the same `{own_command(plan.output)}` command with --retry-failed",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from aiflux.core.batch.prompt_lengths import PromptLimit
 from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.serve_directory import ServeDirectory
 from aiflux.engines.base import Engine, EngineKind, EngineSpec, ForeignModelsKind, HttpFactory
 from aiflux.engines.own_benchmark import OwnBenchmark
@@ -30,6 +32,16 @@ class ExternalKind(ForeignModelsKind):
         """
         super().refuse_run(options, endpoints)
         ServeDirectory.of_url(options.engine_url or "", os.environ)
+
+    def prompt_limit(self, plan: Plan, model: str) -> PromptLimit | None:
+        """Return the context that the server reports, and its tokenizer; None if it is not ready.
+
+        For an engine of `aiflux serve`, its plan has both.
+        """
+        from aiflux.engines.external.served import running_limit, served_limit
+
+        served = ServeDirectory.of_url(plan.options.engine_url or "", os.environ)
+        return running_limit(plan, model) if served is None else served_limit(served, plan, model)
 
     def make_engine(self, spec: EngineSpec, make_client: HttpFactory) -> Engine:
         """Return the server at ``--engine-url``."""

@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 
+from aiflux.core.batch.prompt_lengths import AT_ONCE, PromptLimit
+from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.serve_directory import ENDED, READY, SIGNAL, ServeDirectory, ServeState
 from aiflux.engines.base import EngineKind, HttpFactory
 from aiflux.engines.external.engine import ExternalEngine
 from aiflux.engines.http import Client, ExchangeError, ca_bundle
-from aiflux.engines.served_models import ServedModels
+from aiflux.engines.kinds import engine_kind
+from aiflux.engines.served_models import MODELS_PATH, ServedModels
+from aiflux.engines.server_context import server_limit
 from aiflux.errors import RejectedError
 
 _log = logging.getLogger(__name__)
+_ASK_SECONDS = 5.0
+_COUNT_SECONDS = 60.0  # a busy server answers late
 
 
 class ServedEngine(ExternalEngine):
@@ -89,6 +97,44 @@ def models_at(url: str, ca: str | None) -> ServedModels:
         _refuse_ended(served, state)
         return ServedModels(url, _log.info)  # it has no address
     return ServedModels.at(state.url, str(served.certificate), served.read_key())
+
+
+def running_limit(plan: Plan, model: str) -> PromptLimit | None:
+    """Return the context and the tokenizer of a running server; None if it does not answer.
+
+    Args:
+        plan, model: of the run that uses the server.
+    """
+    options, key = plan.options, os.environ.get("AIFLUX_API_KEY")
+    url, trusted = options.engine_url or "", ca_bundle(options.engine_ca, os.environ)
+
+    def connect() -> Client:
+        return Client(url, _COUNT_SECONDS, connections=AT_ONCE, api_key=key, ca=trusted)
+
+    with closing(connect()) as client:
+        try:
+            client.get(MODELS_PATH, _ASK_SECONDS)
+        except ExchangeError:
+            return None
+        return server_limit(plan, model, client, connect)
+
+
+def served_limit(directory: ServeDirectory, plan: Plan, model: str) -> PromptLimit | None:
+    """Return the context and the tokenizer of an engine of `aiflux serve`, from its own plan.
+
+    Args:
+        plan, model: of the run that uses the engine.
+
+    Raises:
+        RunConflictError: the engine's plan cannot be read.
+    """
+    own, options = read_plan(directory.run), plan.options
+    limit = engine_kind(own.options).prompt_limit(own, own.models[0])
+    if limit is None:
+        return None
+    context = min(limit.context, options.context_length or limit.context)
+    answer = options.parameters_of(plan.served(model)).get("max_tokens") or 0
+    return replace(limit, context=context, maximum=context, answer=answer)
 
 
 def _refuse_ended(directory: ServeDirectory, state: ServeState | None) -> None:

@@ -291,7 +291,8 @@ def _long_prompts(plan: Plan, kind: EngineKind) -> Iterator[tuple[str, str]]:
 def _longer_contexts(plan: Plan, kind: EngineKind) -> Iterator[tuple[str, str]]:
     """Yield a warning of a context that is longer than a model's."""
     wanted = plan.options.context_length
-    for model in plan.models if wanted is not None else ():
+    # Of a server with models of its own, it says what the context is, and is not passed on.
+    for model in plan.models if wanted is not None and kind.stores_models else ():
         limit = kind.prompt_limit(plan, model)
         if limit is not None and 0 < limit.maximum < (wanted or 0):
             reduced = limit.context < (wanted or 0)

@@ -192,7 +192,7 @@ def _plan_pilot(asked: Asked, options: RunOptions, summary: InputSummary) -> Pla
     kind = engine_kind(options)
     whole = make_plan(summary, output, options, asked.config.models_dir, kind)
     if options.too_long == CHUNK:  # the number of parts determines the work
-        whole, _ = with_long_prompts(whole, summary, kind)
+        whole, _ = with_long_prompts(whole, summary, kind, asked.config.models_dir)
     pilot = Pilot.of_output(output, asked.engine)
     pilot.run.refuse_foreign()
     return PlannedPilot(asked, whole, summary, pilot)

@@ -107,7 +107,7 @@ def _planned(summary: InputSummary, config: Config) -> Plan | str:
         plan = make_plan(summary, summary.path, options, config.models_dir, kind)
     except AifluxError as error:
         return error.message
-    return with_long_prompts(plan, summary, kind)[0]
+    return with_long_prompts(plan, summary, kind, config.models_dir)[0]
 
 
 def _as_json(path: Path, config: Config, model: str | None, rules: InputRules) -> int:

@@ -177,7 +177,7 @@ def draft_run(
     Nothing is written, except the plain copy of a compressed input (``plain_input``).
 
     Args:
-        models_dir: where models are stored; unused with a server that is already running.
+        models_dir: where models are stored.
         kind: of the engine that the options name.
         shards: their number, or a function that returns it for the input.
         force: replace an existing output; restart a finished run.
@@ -203,7 +203,7 @@ def draft_run(
     summary = scan_input(path, options.model, rules=rules, schemas=schemas, source=source)
     number = shards(summary) if callable(shards) else shards
     plan = make_plan(summary, output, options, models_dir, kind, number)
-    plan, long = with_long_prompts(plan, summary, kind)
+    plan, long = with_long_prompts(plan, summary, kind, models_dir)
     return replace(draft_of(plan, force=force, force_resume=force_resume), long=long)
 
 
@@ -233,11 +233,14 @@ def refuse_contradiction(*, force: bool, force_resume: bool, retry_failed: bool)
 
 
 def with_long_prompts(
-    plan: Plan, summary: InputSummary, kind: PlanningKind
+    plan: Plan, summary: InputSummary, kind: PlanningKind, models_dir: Path | None
 ) -> tuple[Plan, FoundPrompts | None]:
     """Return a plan with the prompts that are too long; None if all fit, or are sent anyway.
 
     If a server that AI-Flux does not start cannot count them now, a worker asks it again.
+
+    Args:
+        models_dir: where the model of such a server may be stored, too.
 
     Raises:
         InputError: the model's tokenizer counted prompts that are too long, and the run is to fail
@@ -246,7 +249,8 @@ def with_long_prompts(
     what = plan.options.too_long
     if what == SEND:
         return plan, None
-    limits = {model: kind.prompt_limit(plan, model) for model in plan.models}
+    asked = replace(plan, models_dir=models_dir)
+    limits = {model: kind.prompt_limit(asked, model) for model in plan.models}
     known = {model: limit for model, limit in limits.items() if limit is not None}
     try:
         found = find_in_run(summary, plan, kind, known) if known else None

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from aiflux.core.batch.prompt_lengths import AT_ONCE, PromptLimit
 from aiflux.core.runs.plan import Plan, read_plan
@@ -15,9 +17,12 @@ from aiflux.engines.base import EngineKind, HttpFactory
 from aiflux.engines.external.engine import ExternalEngine
 from aiflux.engines.http import Client, ExchangeError, ca_bundle
 from aiflux.engines.kinds import engine_kind
+from aiflux.engines.ollama.store import model_files, stored_tokenizer
 from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_context import server_limit
-from aiflux.errors import RejectedError
+from aiflux.errors import ConfigError, ModelError, RejectedError
+from aiflux.models.name import parse_model_name
+from aiflux.models.tokenizer import ModelTokenizer
 
 _log = logging.getLogger(__name__)
 _ASK_SECONDS = 5.0
@@ -103,7 +108,7 @@ def running_limit(plan: Plan, model: str) -> PromptLimit | None:
     """Return the context and the tokenizer of a running server; None if it does not answer.
 
     Args:
-        plan, model: of the run that uses the server.
+        plan, model: of the run that uses the server; its models directory may have the model, too.
     """
     options, key = plan.options, os.environ.get("AIFLUX_API_KEY")
     url, trusted = options.engine_url or "", ca_bundle(options.engine_ca, os.environ)
@@ -116,7 +121,31 @@ def running_limit(plan: Plan, model: str) -> PromptLimit | None:
             client.get(MODELS_PATH, _ASK_SECONDS)
         except ExchangeError:
             return None
-        return server_limit(plan, model, client, connect)
+        limit = server_limit(plan, model, client, connect)
+    if limit is None or plan.models_dir is None:
+        return limit
+    open_tokenizer = partial(_either_tokenizer, limit.open_tokenizer, plan.models_dir, model)
+    return replace(limit, open_tokenizer=open_tokenizer)
+
+
+def _either_tokenizer(
+    of_server: Callable[[], ModelTokenizer], models_dir: Path, model: str
+) -> ModelTokenizer:
+    """Return the tokenizer of a server, or of the same model if it is stored here, too.
+
+    Raises:
+        ModelError: the server has none, and its model is not stored.
+        ConfigError: the library is not installed.
+    """
+    try:
+        return of_server()
+    except ModelError as error:
+        try:
+            name = parse_model_name(model)
+            model_files(models_dir, name)
+        except (ConfigError, ModelError):
+            raise error from None
+        return stored_tokenizer(models_dir, name, templated=False)
 
 
 def served_limit(directory: ServeDirectory, plan: Plan, model: str) -> PromptLimit | None:

@@ -255,6 +255,6 @@ def test_a_context_that_the_model_does_not_have_is_not_advised() -> None:
     assert facts.longer_context == ""
     remedy = facts.error(Path("in.jsonl")).remedy
     assert remedy is not None
-    assert "a model with more than 8,192 tokens of context" in remedy
+    assert "a model or server with more than 8,192 tokens of context" in remedy
     whole = LongPrompts(context=4096, maximum=8000, too_long=1, needed=7990)
     assert whole.longer_context == "--context-length 8000"

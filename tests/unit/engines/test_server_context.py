@@ -1,0 +1,238 @@
+"""Prompts that are longer than the context of a server that AI-Flux does not configure."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiflux.cli.main import main
+from aiflux.core.config.settings import RunOptions
+from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import allowed_failures
+from aiflux.engines.server_context import reported_context
+from aiflux.errors import ExitCode
+from aiflux.report.build import advice
+from aiflux.slurm.monitor import gather
+from aiflux.slurm.preflight.local import check_fields, finding_text
+from aiflux.slurm.run_view import outcome
+from tests.tools import make_tiny_gguf
+from tests.tools.counting_server import HOSTED, LLAMA, OF_TEMPLATE, SILENT, VLLM, CountingServer
+from tests.unit.made_models import put_model
+from tests.unit.working import Working
+
+TOOLS = Path(__file__).parents[2] / "tools"
+LONG = "word " * 240
+PROMPTS = ("one", LONG, "two", LONG + "more")
+BOTH = pytest.mark.parametrize("form", [VLLM, LLAMA])
+
+
+def codes(working: Working) -> list[str | None]:
+    return [entry["error"]["code"] if "error" in entry else None for entry in working.results]
+
+
+def chunks(working: Working) -> list[int | None]:
+    return [entry["metadata"].get("chunks") for entry in working.results]
+
+
+@pytest.mark.parametrize(
+    ("answers", "context"),
+    [
+        ({"/v1/models": {"data": [{"id": "m:1", "max_model_len": 512}, {"id": "a"}]}}, 512),
+        ({"/v1/models": {"data": [{"id": "a", "max_model_len": 512}]}}, 512),
+        ({"/v1/models": {"data": [{"id": "a", "max_model_len": 512}, {"id": "b"}]}}, None),
+        ({"/v1/models": {"data": [{"id": "m:1", "context_window": 8192}]}}, 8192),
+        ({"/v1/models": {"data": [{"id": "m:1", "max_model_len": None}]}}, None),
+        ({"/v1/models": {"data": "?"}, "/props": {"default_generation_settings": None}}, None),
+        ({"/props": {"default_generation_settings": {"n_ctx": 256}}}, 256),
+        ({"/api/ps": {"models": [{"name": "m:1", "context_length": 4096}]}}, 4096),
+        ({"/api/ps": {"models": [{"name": "other:1", "context_length": 4096}]}}, None),
+    ],
+)
+def test_the_context_is_where_each_kind_of_server_reports_it(
+    answers: dict[str, Any], context: int | None
+) -> None:
+    def fetch(path: str) -> bytes | None:
+        return json.dumps(answers[path]).encode() if path in answers else None
+
+    assert reported_context(fetch, "m:1") == context
+
+
+@BOTH
+def test_prompts_that_are_too_long_for_the_server_are_refused(tmp_path: Path, form: str) -> None:
+    with CountingServer(form, 512) as server:
+        working = Working(tmp_path, server.url).prompts(*PROMPTS)
+        assert working.run() is ExitCode.USAGE
+    assert working.error is not None
+    assert working.error.problems == (
+        f"line 2: {600 + OF_TEMPLATE} tokens", f"line 4: {602 + OF_TEMPLATE} tokens"
+    )  # fmt: skip
+    assert "--too-long skip" in str(working.error.remedy)
+    assert "--context-length" not in str(working.error.remedy)
+    assert not server.prompts
+    assert not working.output.with_name("out.json.aiflux").exists()
+
+
+@BOTH
+def test_they_are_left_out_or_sent_in_parts(tmp_path: Path, form: str) -> None:
+    with CountingServer(form, 512) as server:
+        working = Working(tmp_path, server.url, too_long="skip").prompts(*PROMPTS)
+        assert working.run() is ExitCode.OK
+        assert codes(working) == [None, "too_long", None, "too_long"]
+        assert sorted(server.prompts) == ["one", "two"]
+        working = Working(tmp_path, server.url, too_long="chunk", retry_failed=True)
+        assert working.run() is ExitCode.OK
+    # A quarter of the context is kept free for the answer, and something for the template.
+    assert codes(working) == [None] * 4
+    assert chunks(working) == [None, 3, None, 3]
+    texts = [entry["output"]["choices"][0]["message"]["content"] for entry in working.results]
+    assert "".join(texts[1].split()) == "".join(LONG.split())
+
+
+def test_only_prompts_near_the_context_are_counted(tmp_path: Path) -> None:
+    asked = {}
+    with CountingServer(VLLM, 5000) as server:
+        for size in (6000, 9000, 10_000):  # about 2,000, 3,000 and 3,333 tokens by estimate
+            working = Working(tmp_path, server.url, f"{size}.json").prompts("a" * size)
+            server.asked.clear()
+            code = working.run()
+            asked[size] = code, server.asked.count("/tokenize")
+    # The first two questions are whether the server counts, and about an empty conversation.
+    assert asked == {6000: (0, 2), 9000: (0, 3), 10_000: (2, 3)}
+
+
+def test_a_server_that_only_reports_the_context_gives_an_estimate(tmp_path: Path) -> None:
+    with CountingServer(HOSTED, 512) as server:
+        working = Working(tmp_path, server.url).prompts("one", "word " * 400)
+        opened = working.open()
+        (finding,) = check_fields(opened.plan)
+        assert finding.what.startswith("about 1 prompt may be too long for the context of 512")
+        assert "does not count tokens (/tokenize)" in finding.fix
+        assert working.run() is ExitCode.FAILURES
+        assert working.error is not None
+        assert "--too-long skip" in str(working.error.remedy)
+        assert codes(working) == [None, "too_long"]
+        assert working.results[1]["error"]["status"] == 400
+        assert "--too-long chunk" in advice("too_long").remedy
+        more = Working(tmp_path, server.url, "b.json", too_long="chunk")
+        assert more.run() is ExitCode.USAGE
+    assert more.error is not None
+    assert "only the model's tokenizer can split them" in more.error.message
+
+
+def test_a_stored_model_counts_for_a_server_that_does_not(tmp_path: Path) -> None:
+    put_model(tmp_path / "models", "m:1", make_tiny_gguf.tiny())
+    with CountingServer(HOSTED, 512) as server:
+        working = Working(tmp_path, server.url, models_dir=tmp_path / "models", too_long="chunk")
+        assert working.prompts(*PROMPTS).run() is ExitCode.OK
+    assert chunks(working) == [None, 6, None, 6]  # it has one token for each character
+
+
+def test_the_context_can_be_given(tmp_path: Path) -> None:
+    """The smaller one counts, of what the server reports and what the run says."""
+    with CountingServer(VLLM, 5000) as server:
+        working = Working(tmp_path, server.url, context_length=512).prompts(*PROMPTS)
+        assert working.run() is ExitCode.USAGE
+        assert working.error is not None
+        assert "context of 512 tokens" in working.error.message
+    with CountingServer(VLLM, 512) as server:
+        working = Working(tmp_path, server.url, context_length=5000)
+        assert working.run() is ExitCode.USAGE
+
+
+def test_a_silent_server_has_to_be_described_for_parts(tmp_path: Path) -> None:
+    with CountingServer(SILENT, 512) as server:
+        working = Working(tmp_path, server.url, too_long="chunk").prompts(*PROMPTS)
+        assert working.run() is ExitCode.USAGE
+        assert working.error is not None
+        assert "--context-length N" in str(working.error.remedy)
+        assert not server.prompts
+        working = Working(tmp_path, server.url, "b.json").prompts("one", "word " * 5000)
+        assert working.run() is ExitCode.FAILURES
+    assert any("does not report its context" in line for line in working.reporter.messages)
+
+
+def test_a_server_that_stops_counting_is_asked_again_at_the_start(tmp_path: Path) -> None:
+    with CountingServer(VLLM, 512, busy=2) as server:
+        working = Working(tmp_path, server.url).prompts(*PROMPTS)
+        assert working.open().plan.lengths_at_start
+        server.busy = None
+        assert working.run() is ExitCode.USAGE
+        assert not server.prompts
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("too_long", ["fail", "skip", "chunk"])
+def test_a_server_that_comes_up_later_is_asked_before_the_first_request(
+    tmp_path: Path, too_long: str
+) -> None:
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}", too_long=too_long).prompts(*PROMPTS)
+    assert working.open().plan.lengths_at_start
+    started: list[CountingServer] = []
+
+    def start() -> None:
+        started.append(CountingServer(VLLM, 512, port).__enter__())
+
+    threading.Timer(0.5, start).start()
+    code = working.shard(0)
+    (server,) = started
+    server.__exit__()
+    if too_long == "fail":
+        assert code is ExitCode.USAGE
+        assert working.error is not None
+        assert working.error.problems[0].startswith("line 2: 610 tokens")
+        assert not server.prompts
+        return
+    assert code is ExitCode.OK
+    expected = [None, 3, None, 3] if too_long == "chunk" else [None] * 4
+    assert chunks(working) == expected
+    assert codes(working)[1] == ("too_long" if too_long == "skip" else None)
+
+
+def command(context: int) -> str:
+    server = f"{sys.executable} {TOOLS}/counting_server.py --form llama --port {{port}}"
+    return f"{server} --context {context}"
+
+
+def test_the_server_of_a_command_is_asked_at_the_start_of_each_shard(tmp_path: Path) -> None:
+    """Requests that a worker leaves out do not count as failures of the run."""
+    working = Working(tmp_path, None, engine_command=command(512), model="m:1", too_long="skip",
+                      allow_cpu=True).prompts(*PROMPTS)  # fmt: skip
+    working.open(shards=2)
+    assert working.shard(0) is ExitCode.OK
+    assert working.shard(1) is ExitCode.OK
+    assert codes(working) == [None, "too_long", None, "too_long"]
+    run = RunDirectory.of_output(working.output)
+    assert allowed_failures(read_plan(run), run) == 2
+    view = gather(run)
+    assert (view.failed, view.allowed_failures, outcome(view)) == (2, 2, ExitCode.OK)
+    assert main(["resume", "--local", str(working.output)]) == 0
+
+
+def test_check_asks_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with CountingServer(LLAMA, 512) as server:
+        working = Working(tmp_path, server.url).prompts(*PROMPTS)
+        asked = ["check", str(working.input), "--engine-url", server.url]
+        assert main([*asked, "--too-long", "chunk"]) == 0
+        assert "2 requests are sent in 6 parts" in capsys.readouterr().err
+        assert main(asked) == 2
+    assert "line 4: 612 tokens" in capsys.readouterr().err
+
+
+def test_an_option_that_describes_the_server_is_not_compared_with_it(tmp_path: Path) -> None:
+    with CountingServer(VLLM, 512) as server:
+        working = Working(tmp_path, server.url, context_length=900).prompts("one")
+        assert [finding_text(each) for each in check_fields(working.open().plan)] == []
+    assert RunOptions(engine_url=server.url, context_length=900).context_length == 900

@@ -25,6 +25,7 @@ from aiflux.slurm.run_view import outcome
 from tests.tools import make_tiny_gguf
 from tests.tools.counting_server import HOSTED, LLAMA, OF_TEMPLATE, SILENT, VLLM, CountingServer
 from tests.unit.made_models import put_model
+from tests.unit.made_serves import MadeServe
 from tests.unit.working import Working
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -236,3 +237,19 @@ def test_an_option_that_describes_the_server_is_not_compared_with_it(tmp_path: P
         working = Working(tmp_path, server.url, context_length=900).prompts("one")
         assert [finding_text(each) for each in check_fields(working.open().plan)] == []
     assert RunOptions(engine_url=server.url, context_length=900).context_length == 900
+
+
+def test_the_plan_of_a_served_engine_has_its_context_and_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So prompts are counted before the engine is up."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    MadeServe(tmp_path, context_length=512)
+    working = Working(tmp_path, "serve:tiny", too_long="chunk").prompts(*PROMPTS)
+    plan = working.open().plan
+    assert plan.long_prompts is not None
+    assert (plan.long_prompts.too_long, plan.lengths_at_start) == (2, False)
+    working = Working(tmp_path, "serve:tiny", "b.json")
+    assert working.run() is ExitCode.USAGE
+    assert working.error is not None
+    assert working.error.problems[0] == "line 2: 1,201 tokens"

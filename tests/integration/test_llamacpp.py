@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import struct
 import zlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from aiflux.engines.llamacpp.model_file import find_files
 from aiflux.engines.llamacpp.options import MANAGED
 from aiflux.engines.ollama.store import stored_tokenizer
 from aiflux.models.name import parse_model_name
@@ -122,6 +124,30 @@ def test_a_prompt_that_is_too_long_fails_and_is_not_cut(
     assert first["error"]["status"] == 400
     assert "exceeds the available context size" in first["error"]["message"]
     assert "error" not in second
+
+
+def test_a_server_that_aiflux_does_not_configure_counts_the_prompts(
+    user: User, place: Path, checkout: Path, llama_server: Path, models: Path
+) -> None:
+    text = (checkout / "docs/output.md").read_text(encoding="utf-8")[:2500]
+    more = {"max_tokens": 5}
+    user.write(place / "in.jsonl", lines(request("long", text, **more), request("b", "Hi", **more)))
+    server = f"{shlex.quote(str(llama_server))} -m {{model}} -np 1 -c 512 --jinja --host {{socket}}"
+    run = [checkout / ".venv/bin/aiflux", "run", "--local", "--model", find_files(models, MODEL).model,
+           "--replace-model", "--engine-command", server, "--input", "in.jsonl", "--output",
+           "out.json"]  # fmt: skip
+    refused = user.run(*run, cwd=place, code=2)
+    counted = re.search(r"line 1: ([\d,]+) tokens", refused)
+    assert counted is not None, refused
+    user.run(*run, "--too-long", "skip", cwd=place)
+    user.run(*run, "--too-long", "chunk", "--retry-failed", cwd=place)
+    long, short = json.loads((place / "out.json").read_text(encoding="utf-8"))
+    parts = long["metadata"]["chunks"]
+    assert parts > 1
+    # Each part has the template, and may have a token more where the text is split.
+    template = short["output"]["usage"]["prompt_tokens"] - 1
+    whole = int(counted[1].replace(",", "")) + (parts - 1) * template
+    assert abs(long["output"]["usage"]["prompt_tokens"] - whole) <= parts
 
 
 @pytest.fixture(scope="module")

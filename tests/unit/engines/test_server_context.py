@@ -108,6 +108,12 @@ def test_only_prompts_near_the_context_are_counted(tmp_path: Path) -> None:
     assert asked == {6000: (0, 2), 9000: (0, 3), 10_000: (2, 3)}
 
 
+def test_no_server_is_asked_about_requests_that_are_short(tmp_path: Path) -> None:
+    working = Working(tmp_path, "http://127.0.0.1:1").prompts("one")
+    assert not working.open().plan.lengths_at_start
+    assert working.prompts("one", max_tokens=300).open().plan.lengths_at_start
+
+
 def test_a_server_that_only_reports_the_context_gives_an_estimate(tmp_path: Path) -> None:
     with CountingServer(HOSTED, 512) as server:
         working = Working(tmp_path, server.url).prompts("one", "word " * 400)
@@ -240,10 +246,9 @@ def test_an_option_that_describes_the_server_is_not_compared_with_it(tmp_path: P
 
 
 def test_the_plan_of_a_served_engine_has_its_context_and_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """So prompts are counted before the engine is up."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     MadeServe(tmp_path, context_length=512)
     working = Working(tmp_path, "serve:tiny", too_long="chunk").prompts(*PROMPTS)
     plan = working.open().plan

@@ -77,6 +77,8 @@ from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.lines import read_lines
 from aiflux.util.times import utc_now
 
+_LEAST_CONTEXT = 256
+"""Tokens: no server is asked about its context if no request can need more."""
 ShardCount = Callable[[InputSummary], int]
 
 
@@ -247,7 +249,8 @@ def with_long_prompts(
             then; they are to be split and cannot be; or the input cannot be read.
     """
     what = plan.options.too_long
-    if what == SEND:
+    longest = summary.longest_line + max(summary.longest_answer, plan.options.max_tokens or 0)
+    if what == SEND or (not kind.stores_models and longest <= _LEAST_CONTEXT):
         return plan, None
     asked = replace(plan, models_dir=models_dir)
     limits = {model: kind.prompt_limit(asked, model) for model in plan.models}

@@ -133,9 +133,9 @@ def test_a_server_that_aiflux_does_not_configure_counts_the_prompts(
     more = {"max_tokens": 5}
     user.write(place / "in.jsonl", lines(request("long", text, **more), request("b", "Hi", **more)))
     server = f"{shlex.quote(str(llama_server))} -m {{model}} -np 1 -c 512 --jinja --host {{socket}}"
-    run = [checkout / ".venv/bin/aiflux", "run", "--local", "--model", find_files(models, MODEL).model,
-           "--replace-model", "--engine-command", server, "--input", "in.jsonl", "--output",
-           "out.json"]  # fmt: skip
+    model = find_files(models, MODEL).model
+    run = [checkout / ".venv/bin/aiflux", "run", "--local", "--model", model, "--replace-model",
+           "--engine-command", server, "--input", "in.jsonl", "--output", "out.json"]  # fmt: skip
     refused = user.run(*run, cwd=place, code=2)
     counted = re.search(r"line 1: ([\d,]+) tokens", refused)
     assert counted is not None, refused

@@ -61,7 +61,7 @@ class Splitting(Working):
         assert not found.whole
         facts = replace(found.facts, splits=splits_digest(found.offsets, found.splits))
         chosen = replace(draft.plan.options, too_long=CHUNK)
-        plan = replace(draft.plan, options=chosen, long_prompts=facts)
+        plan = replace(draft.plan, options=chosen, long_prompts=facts, lengths_at_start=False)
         return replace(draft, plan=plan, long=found).open()
 
 

@@ -594,8 +594,11 @@ class _ModelWork:
         with self._length_lock:
             if self.model not in self.shard.left_out:
                 limit = server_limit(plan, self.model, engine.client)
-                engine.facts.context_length = None if limit is None else limit.context
-                left_out = self._leave_out(limit) if limit else self._unknown_context()
+                if limit is None:
+                    left_out = self._unknown_context()
+                else:
+                    engine.facts.context_length = limit.context
+                    left_out = self._leave_out(limit)
                 self.shard.left_out[self.model] = left_out
                 self.shard.status.details.left_out = sum(self.shard.left_out.values())
 

@@ -28,6 +28,7 @@ from aiflux.errors import AifluxError, ConfigError, InputError, ModelError
 from aiflux.models.tokenizer import LARGEST_EXPANSION, ModelTokenizer, one_thread
 from aiflux.util.lines import cut_at_lines, line_numbers, read_lines, unreadable
 from aiflux.util.parallel import helpers, share_out
+from aiflux.util.process_limits import THREAD_BYTES, require_thread_memory
 from aiflux.util.records import OMITTED
 from aiflux.util.text import joined
 
@@ -430,6 +431,7 @@ def _find(
     try:
         parts = cut_at_lines(path, min(part_bytes, _ASKED_BYTES) if asks else part_bytes, *span)
         if asks:
+            require_thread_memory(AT_ONCE * THREAD_BYTES)
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 for part in pool.map(work, parts):
                     found.merge(part)

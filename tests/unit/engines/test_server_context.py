@@ -16,6 +16,8 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import allowed_failures
+from aiflux.engines.http import Answer
+from aiflux.engines.outcome import judge_answer
 from aiflux.engines.server_context import reported_context
 from aiflux.errors import ExitCode
 from aiflux.report.build import advice
@@ -258,3 +260,21 @@ def test_the_plan_of_a_served_engine_has_its_context_and_tokenizer(
     assert working.run() is ExitCode.USAGE
     assert working.error is not None
     assert working.error.problems[0] == "line 2: 1,201 tokens"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "code"),
+    [
+        # vLLM 0.32, llama-server b11669, SGLang, and OpenAI's code.
+        (400, "This model's maximum context length is 512 tokens. However, your", "too_long"),
+        (400, "request (931 tokens) exceeds the available context size (512 tokens)", "too_long"),
+        (400, "The input (9 tokens) is longer than the model's context length (5)", "too_long"),
+        (400, "context_length_exceeded", "too_long"),
+        (400, "temperature is too high", "http_400"),
+        (500, "the context size could not be read", "http_500"),
+    ],
+)
+def test_a_server_s_own_refusal_has_the_same_code(status: int, message: str, code: str) -> None:
+    body = json.dumps({"error": {"message": message}}).encode()
+    found = judge_answer("/v1/chat/completions", {}, Answer(status, body), lambda *_: None)
+    assert (found.code, found.status, found.message) == (code, status, message)

@@ -283,8 +283,12 @@ def test_examples_of_yaml_load(page: Path, tmp_path: Path) -> None:
             (tmp_path / "steps.yaml").write_text(block, encoding="utf-8")
             (tmp_path / "reviews.csv").write_text("id,text\n1,good\n", encoding="utf-8")
             (tmp_path / "judge.j2").write_text("{{ text }} {{ summary }}", encoding="utf-8")
-            schema = {"type": "object", "properties": {"score": {"type": "integer"}}}
-            (tmp_path / "score.json").write_text(json.dumps(schema), encoding="utf-8")
+            (tmp_path / "questions.csv").write_text("question\nWhy?\n", encoding="utf-8")
+            (compare,) = blocks(page, "jinja")
+            (tmp_path / "compare.j2").write_text(compare, encoding="utf-8")
+            for name, field in (("score", "score"), ("verdict", "best")):
+                schema = {"type": "object", "properties": {field: {"type": "integer"}}}
+                (tmp_path / f"{name}.json").write_text(json.dumps(schema), encoding="utf-8")
             assert len(read_chain(tmp_path / "steps.yaml").steps) > 1
             continue
         file = tmp_path / "aiflux.yaml"

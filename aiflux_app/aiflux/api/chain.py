@@ -31,7 +31,8 @@ class StepView:
         state: that of its run; ``not started`` without one.
         requests: their number; None before they are made.
         run: the state of its run; None before it is planned.
-        failed: requests that failed, and samples for which the filter failed.
+        failed: requests that failed, samples for which the filter failed, and those without a
+            usable answer.
         jobs: the jobs of a run that is not planned yet.
         reason: why these wait, or why they ended.
     """
@@ -73,6 +74,8 @@ class StepView:
             "failed": self.failed,
             "samples": self.record.samples,
             "filtered": self.record.stopped,
+            "unusable": self.record.unusable,
+            "unusable_reason": self.record.unusable_reason,
             "model": self.record.answering.get("model"),
             "run_dir": str(self.directory.path),
             "jobs": [*self.run.jobs] if self.run is not None else [str(id_) for id_ in self.jobs],
@@ -111,6 +114,8 @@ class ChainView:
     def state(self) -> str:
         """The state of the whole: that of the failing or of the first unfinished step."""
         step = self.failing or self.unfinished
+        if step is None and self.written and any(each.record.unusable for each in self.steps):
+            return RunState.WITH_FAILURES.value
         if step is None:
             return RunState.FINISHED.value if self.written else NOT_WRITTEN
         begun = step.state == NOT_STARTED and step is not self.steps[0]
@@ -144,7 +149,11 @@ class ChainView:
                 code = ExitCode.FAILURES
             if code is not ExitCode.OK:
                 return code
-        return ExitCode.STOPPED if self.unfinished is not None else ExitCode.OK
+        if self.unfinished is not None:
+            return ExitCode.STOPPED
+        records = [step.record for step in self.steps]
+        many = any(each.unusable > each.unusable_allowed for each in records)
+        return ExitCode.FAILURES if many else ExitCode.OK
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as JSON."""
@@ -203,7 +212,7 @@ def step_view(folder: ChainFolder, record: StepRecord) -> StepView:
         RunConflictError: its run belongs to another user.
     """
     directory = folder.run(record.name)
-    failed = record.failed
+    failed = record.failed + record.unusable
     if folder.asks_nothing(record.name):
         return StepView(record, RunState.FINISHED.value, 0, 0, failed, directory)
     if not directory.plan.is_file():

@@ -44,7 +44,8 @@ def chain(
 
     Raises:
         AifluxError: as ``aiflux.run`` does; TooManyFailuresError if more requests of a step failed
-            than are allowed; StoppedError if its run ended before it was finished.
+            than are allowed, or more rows end without a usable answer, which the table then
+            shows; StoppedError if its run ended before it was finished.
     """
     folder = Path.cwd() if workspace is None else absolute(workspace)
     target = None if output is None else folder / expanded(output)
@@ -74,7 +75,8 @@ def chain(
                 **given[step.name],
             )
         _refuse_unfinished(step.name, started.wait(progress=progress), started)
-    runs.write(force=force)
+    runs.write({name: each.allowed_failures for name, each in options_of.items()}, force=force)
+    runs.refuse_unusable()
     return runs.folder.output
 
 

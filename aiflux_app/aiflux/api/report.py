@@ -110,6 +110,8 @@ def chain_page(view: ChainView, reports: Mapping[str, Report], target: Path) -> 
             step.record.name,
             step.state,
             step.record.stopped,
+            step.record.unusable,
+            step.record.unusable_text,
             quote(os.path.relpath(step.directory.report, target.parent)),
             reports.get(step.record.name),
         )

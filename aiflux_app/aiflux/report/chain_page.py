@@ -13,8 +13,8 @@ from aiflux.report.page import Table, environment
 from aiflux.util.times import utc_now
 
 _HEADS = (
-    "Step", "State", "Requests", "Answered", "Failed", "Filtered", "Prompt tokens",
-    "Answer tokens", "Time of jobs", "GPU-hours",
+    "Step", "State", "Requests", "Answered", "Failed", "Unusable", "Filtered",
+    "Prompt tokens", "Answer tokens", "Time of jobs", "GPU-hours",
 )  # fmt: skip
 
 
@@ -24,6 +24,8 @@ class StepFigures:
 
     Attributes:
         filtered: rows or samples that its filter stopped.
+        unusable: rows or samples that ended without a usable answer.
+        note: how many of them there are, and why; "" without any.
         link: the address of its report.
         report: None if it has not begun.
     """
@@ -31,6 +33,8 @@ class StepFigures:
     name: str
     state: str
     filtered: int
+    unusable: int
+    note: str
     link: str
     report: Report | None
 
@@ -49,7 +53,12 @@ def page_of_chain(
         environment()
         .get_template("chain.html.j2")
         .render(
-            output=output, state=state, steps=table, next_command=next_command, written=utc_now()
+            output=output,
+            state=state,
+            steps=table,
+            notes=[f"{step.name}: {step.note}" for step in steps if step.note],
+            next_command=next_command,
+            written=utc_now(),
         )
     )
 
@@ -65,6 +74,7 @@ def _row(step: StepFigures) -> tuple[object, ...]:
         number(counts.total),
         number(counts.completed),
         number(counts.failed),
+        number(step.unusable),
         number(step.filtered),
         number(tokens.prompt),
         number(tokens.completion),

@@ -137,6 +137,157 @@ def test_a_judge_chooses_the_best_of_several_samples(place: Path, engine: Faulty
     assert [*lines[0]] == ["id", "body", "draft", "judge.score"]
 
 
+COMPARE = """
+draft:
+  template: "body:{body}"
+  samples: 3
+judge:
+  compare: draft
+  template_file: compare.j2
+  schema: verdict.json
+  best: judge.best
+"""
+# Names the longest draft; the samples have lengths 1 to 9.
+LONGEST = """answer:{% set lengths = draft|map("length")|list -%}
+{"best": {{ lengths.index(lengths|max) + 1 }}, "seen": {{ draft|tojson }}}"""
+
+
+def compare(template: str, more: str = "", part: str = COMPARE, output: str = "out.jsonl") -> None:
+    """Write the file of a chain with a step that compares the samples of ``in.jsonl``."""
+    schema = {"type": "object", "properties": {"best": {}, "seen": {}}}
+    Path("verdict.json").write_text(json.dumps(schema))
+    Path("compare.j2").write_text(template)
+    steps(part + more, "in.jsonl", output)
+
+
+def lines_of(path: str = "out.jsonl") -> list[dict[str, object]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_judge_compares_all_samples_of_a_row_and_names_one(
+    place: Path, engine: FaultyEngine
+) -> None:
+    write_drafts(("a", "bbb", "cc"), ("dd", "e", "ffff"))
+    compare(LONGEST, 'after:\n  template: "answer:{draft} {judge.best}"\n')
+    assert chain(engine) == 0
+    lines = lines_of()
+    assert [(line["draft"], line["judge.best"], line["after"]) for line in lines] == [
+        ("bbb", 2, "bbb 2"),
+        ("ffff", 3, "ffff 3"),
+    ]
+    assert lines[0]["judge.seen"] == ["a", "bbb", "cc"]
+    assert engine.seen.total() == 6, "one prompt for all samples of a row"
+    assert chain(engine) == 0
+    assert engine.seen.total() == 6
+
+
+def test_a_judge_can_score_all_samples_in_one_prompt(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("a", "bbb", "cc"), ("dd", "e", "ff"))
+    compare('answer:{"best": {{ draft|map("length")|list }}}')
+    assert chain(engine) == 0
+    assert [line["draft"] for line in lines_of()] == ["bbb", "dd"], "the first of equal ones"
+
+
+def test_several_verdicts_of_a_judge_are_counted(place: Path, engine: FaultyEngine) -> None:
+    verdicts: list[list[object]] = [
+        ["3", "1", 3],
+        ["2", "none", "1"],
+        ["4", 0, True],
+        [[1, 5, 0], [3, 1, 0], 1],
+    ]
+    rows = [
+        {
+            "id": at,
+            "body": drafts("a", "b", "c"),
+            "verdicts": drafts(*(json.dumps({"best": each}) for each in row)),
+        }
+        for at, row in enumerate(verdicts)
+    ]
+    Path("in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    compare("body:{{ verdicts }}{# {{ draft }} #}", "  samples: 3\n")
+    assert chain(engine, "--max-failures", "1") == 0
+    lines = lines_of()
+    assert [line["draft"] for line in lines] == ["c", "a", ["a", "b", "c"], "b"]
+    assert [line["judge.best"] for line in lines] == ["3", "1", "4", [1, 5, 0]]
+    assert lines[2]["error"] == (
+        "judge: best has no value: 'judge.best' is '4', which is no sample from 1 to 3"
+    )
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "xlsx"])
+def test_a_row_without_a_readable_verdict_keeps_all_samples(
+    place: Path, engine: FaultyEngine, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_drafts(("a", "bbb", "c"), ("dd", "e", "f"))
+    compare('answer:{"best": {{ 2 if draft[0] == "a" else 4 }}}', output=f"out.{form}")
+    assert chain(engine) == 3
+    printed = capsys.readouterr()
+    assert "step judge: 1 row without a usable answer: best has no value" in printed.err
+    if form == "csv":
+        assert [row["draft"] for row in rows_of("out.csv")] == ["bbb", '["dd", "e", "f"]']
+
+
+def test_a_step_without_best_makes_one_of_all_samples(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("1", "3"), ("5", "4"))
+    part = """
+draft:
+  template: "body:{body}"
+  samples: 2
+judge:
+  template: 'answer:{{"score": {draft}}}'
+  schema: score.json
+merged:
+  compare: draft
+  template: "answer:{draft} {draft.1} {judge.0.score} {judge}"
+  samples: 1
+"""
+    compare("", part=part)
+    assert chain(engine) == 0
+    assert lines_of()[0]["merged"] == '["1", "3"] 3 1 [{"score": 1}, {"score": 3}]'
+    assert lines_of()[0]["draft"] == ["1", "3"]
+    assert lines_of()[0]["judge.score"] == [1, 3]
+
+
+def test_samples_that_failed_are_not_compared(place: Path, engine: FaultyEngine) -> None:
+    write_drafts(("1", "x", "3"), ("x", "y", "z"))
+    part = COMPARE.replace(
+        "judge:",
+        "score:\n  template: 'answer:{{\"score\": {draft}}}'\n  schema: score.json\njudge:",
+    )
+    compare(LONGEST.replace("lengths|max", "lengths|min"), part=part)
+    assert chain(engine, "--max-failures", "1") == 0
+    lines = lines_of()
+    assert (lines[0]["draft"], lines[0]["judge.seen"]) == ("1", ["1", "3"])
+    assert lines[1]["error"] == "score: the answer is no JSON object"
+
+
+def test_the_most_frequent_answer_stays(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_drafts(("a", "B", "b "), ("c", "d", "e"), ("-", "-", "f"), ("-", "-", "-"))
+    draft, _, _ = SAMPLES.partition("judge:")
+    by = "draft|trim|lower if draft != '-' else none"
+    steps(f"{draft}  majority: {by}\n", "in.jsonl", "out.jsonl")
+    assert chain(engine, "--max-failures", "1") == 0
+    lines = lines_of()
+    assert [line["draft"] for line in lines] == ["B", "c", "f", "-"]
+    assert str(lines[3]["error"]).startswith("draft: majority has no value: ")
+    steps(f"{draft}  majority: draft\n  best: draft\n", "in.jsonl", "out.jsonl")
+    assert chain(engine) == 2
+    assert "has both best and majority" in capsys.readouterr().err
+
+
+def test_a_sample_without_a_readable_score_is_not_the_best(
+    place: Path, engine: FaultyEngine
+) -> None:
+    write_drafts(("none", "1", "x"), ("x", "y", "z"))
+    steps(BEST, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 3
+    lines = lines_of()
+    assert [line["draft"] for line in lines] == ["1", "x"]
+    assert lines[1]["error"] == "judge: the answer is no JSON object"
+
+
 def test_the_first_step_can_filter_and_choose_without_a_judge(
     place: Path, engine: FaultyEngine
 ) -> None:
@@ -232,7 +383,7 @@ def test_if_no_row_passes_the_later_steps_ask_nothing(place: Path, engine: Fault
 
 
 def test_an_answer_without_the_fields_of_its_schema_is_an_error_of_its_row(
-    place: Path, engine: FaultyEngine
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "in.csv").write_text("text\n7\nnone\n")
     steps(
@@ -245,11 +396,66 @@ after:
   template: "answer:{judge.score}"
 """
     )
-    assert chain(engine) == 0
+    assert chain(engine) == 3
     assert [(row["judge.score"], row["after"], row["error"]) for row in rows_of("out.csv")] == [
         ("7", "7", ""),
         ("", "", "judge: the answer is no JSON object"),
     ]
+    expected = "judge: 1 row without a usable answer: the answer is no JSON object"
+    printed = capsys.readouterr()
+    assert f"step {expected}" in printed.out
+    assert f"step {expected}" in printed.err
+    assert main(["status", "out.csv"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("out.csv  finished with failures\n")
+    assert expected in printed.out
+    assert re.search(r"judge +finished +2/2 +1 +0", printed.out)
+    assert main(["status", "out.csv", "--json"]) == 0
+    step = json.loads(capsys.readouterr().out)["steps"][0]
+    assert (step["failed"], step["unusable"], step["unusable_reason"]) == (
+        1,
+        1,
+        "the answer is no JSON object",
+    )
+    assert main(["watch", "out.csv"]) == 3
+    assert main(["report", "out.csv"]) == 0
+    assert expected in (place / "out.csv.aiflux" / "report.html").read_text()
+    before = engine.seen.total()
+    assert chain(engine) == 3, "the same command does not hide it"
+    assert chain(engine, "--max-failures", "50%") == 0
+    assert main(["watch", "out.csv"]) == 0
+    assert engine.seen.total() == before
+
+
+@pytest.mark.parametrize("jinja", [False, True])
+def test_an_answer_without_a_field_of_the_next_template_is_an_error_of_its_row(
+    place: Path, engine: FaultyEngine, jinja: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("name,other\nscore,1\nscale,2\nscope,3\n")
+    (place / "after.j2").write_text("answer:{{ judge.score }}")
+    used = "template_file: after.j2" if jinja else 'template: "answer:{judge.score}"'
+    steps(
+        f"""
+judge:
+  template: 'answer:{{{{"{{name}}": 7}}}}'
+  schema: score.json
+after:
+  {used}
+last:
+  template: "answer:{{after}}!"
+""",
+        more="skip_bad: true\n",
+    )
+    assert chain(engine) == 3
+    rows = rows_of("out.csv")
+    assert [row["last"] for row in rows] == ["7!", "", ""]
+    assert rows[1]["error"].startswith("after: no request could be made from the row: ")
+    assert "score" in rows[1]["error"]
+    assert "step after: 2 rows without a usable answer: no request" in capsys.readouterr().err
+    assert main(["status", "out.csv", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [step["unusable"] for step in shown["steps"]] == [0, 2, 0]
+    assert chain(engine, "--max-failures", "2") == 0
 
 
 def test_entries_without_a_field_of_the_template_are_refused_or_skipped(
@@ -266,8 +472,8 @@ def test_entries_without_a_field_of_the_template_are_refused_or_skipped(
     lines = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
     assert [(line["first"], line["second"], line["error"]) for line in lines] == [
         ("good", "good-1", None),
-        (None, None, "first: no request could be made from the row"),
-        ("fine", None, "second: no request could be made from the row"),
+        (None, None, "first: no request could be made from the row: no field 'text'"),
+        ("fine", None, "second: no request could be made from the row: no field 'id'"),
     ]
 
 
@@ -696,6 +902,22 @@ def test_a_step_can_be_added_at_the_end(place: Path, engine: FaultyEngine) -> No
         (
             "steps:\n  a:\n    template: '{text}'\n    filter: a == 'x'",
             "filter: the expression names 'a'",
+        ),
+        ("steps:\n  a:\n    template: '{text}'\n    compare: b", "'b' is no earlier step"),
+        (
+            "steps:\n  a:\n    template: '{text}'\n    best: a\n"
+            "  b:\n    template: '{a}'\n    compare: a",
+            "one sample of the step 'a' by then",
+        ),
+        (
+            "samples: 2\nsteps:\n  a:\n    template: '{text}'\n"
+            "  b:\n    template: '{a}'\n  c:\n    template: '{b}'\n    compare: b",
+            "use compare: a",
+        ),
+        (
+            "steps:\n  a:\n    template: '{text}'\n    schema: score.json\n"
+            "  b:\n    template: '{a.score}'\n    compare: a",
+            "because it is a list of all samples",
         ),
         ("steps:\n  a:\n    template: '{b}'\n  b:\n    template: '{text}'", "names 'b'"),
         ("steps:\n  a:\n    template: '{text}'\n  b:\n    template: '{a.x}'", "'a.x'"),

@@ -355,12 +355,21 @@ class _ChainWork:
         return int(ExitCode.STOPPED)
 
     def _write(self) -> None:
-        found = self.runs.write(force=self.given["force"])
+        allowed = {
+            name: config.run_options().allowed_failures for name, config in self.configs.items()
+        }
+        found = self.runs.write(allowed, force=self.given["force"])
         if found is None:
             print(f"{self.name} is up to date")
+            self.runs.refuse_unusable()
             return
         summary, errors = found
         failed = f", {counted(errors, 'row')} with an error" if errors else ""
         print(f"{counted(summary.rows, 'row')} -> {self.name}{failed}")
         for note in summary.notes:
             print(f"  {note}")
+        record = self.folder.record()
+        for step in () if record is None else record.steps:
+            if step.unusable:
+                print(f"  step {step.name}: {step.unusable_text}")
+        self.runs.refuse_unusable()

@@ -30,6 +30,8 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
             start = widths[0] + 2
             line.stylize(STYLES.get(row[1], ""), start, start + len(row[1]))
         lines.append(line)
+    texts = {each.record.name: each.record.unusable_text for each in view.steps}
+    lines += [Text(one_line(f"  {name}: {text}")) for name, text in texts.items() if text]
     step = view.unfinished
     if step is not None:
         lines += [Text(f"  {one_line(text)}") for text in _why(step)]

@@ -25,6 +25,7 @@ from zlib import crc32
 
 from aiflux.converters.answer_table import AnswerTable, first_difference, is_outdated
 from aiflux.converters.chain.rows import (
+    Unusable,
     make_requests,
     table_options,
     too_many_filter_failures,
@@ -38,7 +39,13 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import CHAIN_STEPS, RunDirectory
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import WrittenFile, file_change, read_run_status, written_file
-from aiflux.errors import InputError, OutputExistsError, RunConflictError, StorageError
+from aiflux.errors import (
+    InputError,
+    OutputExistsError,
+    RunConflictError,
+    StorageError,
+    TooManyFailuresError,
+)
 from aiflux.util.files import (
     atomic_write,
     checksum,
@@ -51,6 +58,7 @@ from aiflux.util.files import (
 )
 from aiflux.util.lease import Lease, acquire
 from aiflux.util.records import read_record, to_json
+from aiflux.util.text import counted
 
 CHAIN_RECORD = "chain.json"
 _DISCARDED = ".discarded"
@@ -63,23 +71,41 @@ class StepRecord:
     Attributes:
         asked: what its requests depend on, in addition to the rows.
         answering: what its answers depend on, in addition to the requests.
-        best: the expression of its best sample.
+        best, majority: the expression by which a sample is chosen.
         made_from: digest, sizes and times of what its requests were made from; () before.
         samples, stopped: samples that reached the step, and those that its filter stopped.
         failed, reason: samples for which its filter failed, and why it did for the first of them.
         requests: their number; None before they are made.
+        unusable, unusable_reason: samples that ended without a usable answer of the step although
+            no request failed, and why for the first of them.
+        unusable_allowed: how many of them are allowed.
     """
 
     name: str
     asked: dict[str, Any]
     answering: dict[str, Any]
     best: str | None = None
+    majority: str | None = None
     made_from: tuple[int, ...] = ()
     samples: int = 0
     stopped: int = 0
     requests: int | None = None
     failed: int = 0
     reason: str = ""
+    unusable: int = 0
+    unusable_reason: str = ""
+    unusable_allowed: int = 0
+
+    def with_unusable(self, found: Unusable) -> StepRecord:
+        """Return the record with the samples that have no usable answer by now."""
+        count, reason = found.get(self.name, (0, ""))
+        return replace(self, unusable=count, unusable_reason=reason.removeprefix(f"{self.name}: "))
+
+    @property
+    def unusable_text(self) -> str:
+        """How many rows ended without a usable answer, and why; "" if none did."""
+        rows = counted(self.unusable, "row")
+        return f"{rows} without a usable answer: {self.unusable_reason}" if self.unusable else ""
 
     @property
     def refused(self) -> bool:
@@ -124,7 +150,13 @@ class ChainRecord:
     def chain(self) -> Chain:
         """Return the chain as it was begun, without the settings of its steps."""
         steps = tuple(
-            recorded_step(each.name, f"{self.file} (steps.{each.name})", each.asked, each.best)
+            recorded_step(
+                each.name,
+                f"{self.file} (steps.{each.name})",
+                each.asked,
+                each.best,
+                each.majority,
+            )
             for each in self.steps
         )
         return Chain(
@@ -306,8 +338,8 @@ class ChainRuns:
             self._remove_discarded()
             steps = []
             for step, given in zip(self.chain.steps, answering, strict=True):
-                best = None if step.best is None else step.best.text
-                now = StepRecord(step.name, _plain(step.asked), _plain(given), best)
+                best, majority = step.chosen_by
+                now = StepRecord(step.name, _plain(step.asked), _plain(given), best, majority)
                 before = known.pop(step.name, None)
                 if before is not None:
                     now = self._compared(before, now, force=force, active=step.name in active)
@@ -339,7 +371,7 @@ class ChainRuns:
         """Return the record of a step that has one; discard answers that depend on what changed."""
         change = _change(before, now)
         if change is None:
-            return replace(before, best=now.best)
+            return replace(before, best=now.best, majority=now.majority)
         if active or self.folder.begun(now.name):
             if active or not force:
                 remedy = "run it and the steps after it again: --force"
@@ -450,7 +482,8 @@ class ChainRuns:
                 failed=counts.failed,
                 reason=counts.reason,
             )
-            self._write(replace(record, steps=(*record.steps[:at], now, *record.steps[at + 1 :])))
+            earlier = (each.with_unusable(counts.unusable) for each in record.steps[:at])
+            self._write(replace(record, steps=(*earlier, now, *record.steps[at + 1 :])))
             if refused:
                 raise too_many_filter_failures(
                     self.chain, step.name, counts.failed, counts.samples, counts.reason
@@ -498,8 +531,14 @@ class ChainRuns:
                     "move it away to write it again from the results, or overwrite it with --force",
                 )
 
-    def write(self, *, force: bool = False) -> tuple[BackSummary, int] | None:
+    def write(
+        self, allowed: Mapping[str, Callable[[int], int]], *, force: bool = False
+    ) -> tuple[BackSummary, int] | None:
         """Write the table of a chain whose steps are finished; None if that was done before.
+
+        Args:
+            allowed: by step, returns how many of some samples may have no usable answer; see
+                ``refuse_unusable``.
 
         Returns:
             A summary of the table, and the number of rows or samples with an error.
@@ -512,16 +551,22 @@ class ChainRuns:
         output = self.folder.output
         with self._lease():
             record = self._known()
+            limits = [replace(each, unusable_allowed=allowed[each.name](each.samples))
+                      for each in record.steps]  # fmt: skip
+            record = replace(record, steps=tuple(limits))
             if not force:
                 self._refuse_foreign_table(record)
             made_from = (*self._state(len(self.chain.steps)), self._digest())
             if (record.made_from == made_from and record.table and output.exists()) and (
                 file_change(output, record.table) is None
             ):
+                self._write(record)
                 return None
             remove_leftovers(self.folder.outcomes, output)
             with atomic_write(self.folder.outcomes, 0o600) as file:
                 found = write_outcomes(self.chain, self._results(len(self.chain.steps)), file)
+            steps = tuple(each.with_unusable(found.unusable) for each in record.steps)
+            record = replace(record, steps=steps)
             # A kill right after the table appears must not make it somebody else's.
             self._write(replace(record, writing=True, table=None))
             options = table_options(self.chain, found)
@@ -530,9 +575,24 @@ class ChainRuns:
             self._write(replace(record, writing=False, table=table, made_from=made_from))
         return summary, found.errors
 
+    def refuse_unusable(self) -> None:
+        """Refuse a table with more rows than are allowed that lack a usable answer of a step.
+
+        Raises:
+            TooManyFailuresError: there are too many.
+        """
+        for step in self._known().steps:
+            if step.unusable > step.unusable_allowed:
+                raise TooManyFailuresError(
+                    f"step {step.name}: {step.unusable_text}",
+                    f"see the column error of {self.folder.output}; correct the step, or make the "
+                    "fields of its schema required and add validate: true, and run it again with "
+                    "--force; or allow such rows with max_failures",
+                )
+
     def _digest(self) -> int:
         """Return a number that changes with everything that the table depends on in the file."""
-        best = [None if step.best is None else step.best.text for step in self.chain.steps]
+        best = [step.chosen_by for step in self.chain.steps]
         asked = [step.asked for step in self.chain.steps]
         content = [self.chain.filtered, best, asked]
         return crc32(json.dumps(content, sort_keys=True).encode())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isnan
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from aiflux.converters.cells import as_json
+from aiflux.converters.cells import as_json, cell
 from aiflux.converters.chain.steps_file import DROPPED, Chain, Step
+from aiflux.converters.jinja_template import Expression
 from aiflux.converters.results import BackOptions
 from aiflux.converters.results.answers import Answers, json_fields, requests_metadata
 from aiflux.converters.source import open_source
@@ -28,6 +30,8 @@ from aiflux.converters.writer import Progress, Skipped, Summary
 from aiflux.core.batch.results_file import Result, choice_texts
 from aiflux.errors import InputError, RunConflictError, TooManyFailuresError
 
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,17 +42,25 @@ class Sample:
         cells: the columns of the source, and the answers of the steps so far by their names.
         stopped: the step whose filter stopped it; "" if none did.
         error: why a step has no answer for it, such as ``judge: timeout: ...``; "" if all have.
+        unusable: the step whose answers are why, without a failed request; "" if none is.
+        members: the samples that its lists hold, if they were compared.
     """
 
     name: str
     cells: Mapping[str, Any]
     stopped: str = ""
     error: str = ""
+    unusable: str = ""
+    members: tuple[Sample, ...] = ()
 
     @property
     def lives(self) -> bool:
         """Whether the next step asks about it."""
         return not (self.stopped or self.error)
+
+    def lost(self, step: Step, why: str) -> Sample:
+        """Return the sample without a usable answer of a step."""
+        return replace(self, error=f"{step.name}: {why}", unusable=step.name)
 
 
 class ChainRows:
@@ -76,17 +88,61 @@ class ChainRows:
                 continue
             samples = [Sample(row.name, row.cells)]
             for step, answers in zip(self._steps, self._answers, strict=True):
-                samples = _after(step, samples, answers)
+                samples = self._after(step, compared(step, row, samples), answers)
             yield row, samples
 
+    def _after(self, step: Step, samples: list[Sample], answers: Answers | None) -> list[Sample]:
+        """Return the samples of a row after a step."""
+        found: list[Sample] = []
+        for sample in (filtered(step, each) for each in samples):
+            answer = answers.get(sample.name) if sample.lives and answers is not None else None
+            if not sample.lives:
+                found.append(sample)
+            elif answer is None:
+                found.append(self._unasked(step, sample))
+            else:
+                found += _answered(step, sample, answer)
+        if step.majority is not None:
+            return [_most_frequent(step, step.majority, found)]
+        if step.best is not None:
+            choose = _preferred if step.compare else _best
+            return [choose(step, step.best, found)]
+        return found
 
-def _after(step: Step, samples: list[Sample], answers: Answers | None) -> list[Sample]:
-    """Return the samples of a row after a step."""
-    found: list[Sample] = []
-    for sample in (filtered(step, each) for each in samples):
-        answer = answers.get(sample.name) if sample.lives and answers is not None else None
-        found += _answered(step, sample, answer) if sample.lives else [sample]
-    return found if step.best is None else [_best(step, found)]
+    def _unasked(self, step: Step, sample: Sample) -> Sample:
+        """Return a sample that became no request."""
+        prompt, _ = step.prompt_and_form
+        why = "no request could be made from the row"
+        missing = [name for name in prompt.names if not _has(sample.cells, name)]
+        try:
+            prompt.draft(0, "", prompt.with_fields(sample.cells), {})
+        except KeyError as error:
+            why += f": no field {error}"
+        except ValueError as error:
+            why += f": {error}"
+        lost = sample.lost(step, why)
+        of_source = any(name.partition(".")[0] in self.table.columns for name in missing)
+        skipped = self.chain.skip_bad and (of_source or step is self.chain.steps[0])
+        return replace(lost, unusable="") if skipped else lost
+
+
+def _has(cells: Mapping[str, Any], name: str) -> bool:
+    try:
+        cell(cells, name)
+    except KeyError:
+        return False
+    return True
+
+
+def compared(step: Step, row: Row, samples: list[Sample]) -> list[Sample]:
+    """Return what a step asks about: the samples of a row, or one with the answers of all."""
+    if not step.compare:
+        return samples
+    alive = tuple(sample for sample in samples if sample.lives)
+    if not alive:
+        return [_ended(samples)]
+    lists = {name: [each.cells[name] for each in alive] for name in step.compare}
+    return [Sample(row.name, {**alive[0].cells, **lists}, members=alive)]
 
 
 def filtered(step: Step, sample: Sample) -> Sample:
@@ -100,25 +156,22 @@ def filtered(step: Step, sample: Sample) -> Sample:
     return sample if passed else replace(sample, stopped=step.name)
 
 
-def _answered(step: Step, sample: Sample, answer: Result | None) -> Iterator[Sample]:
+def _answered(step: Step, sample: Sample, answer: Result) -> Iterator[Sample]:
     """Yield a sample for each answer to its request."""
-    if answer is None:
-        yield replace(sample, error=f"{step.name}: no request could be made from the row")
-        return
     _refuse_other_row(step, sample, answer)
     if answer.error is not None:
         yield replace(sample, error=f"{step.name}: {answer.failure}")
         return
     texts = [choice.text for choice in choice_texts(answer.output)]
     if not texts:
-        yield replace(sample, error=f"{step.name}: the answer has no choices")
+        yield sample.lost(step, "the answer has no choices")
     for number, text in enumerate(texts, start=1):
         name = sample.name if len(texts) == 1 else f"{sample.name}.{number}"
         value: Any = text
         if step.fields:
             value = json_fields(text)
         if value is None:
-            yield replace(sample, name=name, error=f"{step.name}: the answer is no JSON object")
+            yield replace(sample, name=name).lost(step, "the answer is no JSON object")
         else:
             yield replace(sample, name=name, cells={**sample.cells, step.name: value})
 
@@ -141,30 +194,109 @@ def _refuse_other_row(step: Step, sample: Sample, answer: Result) -> None:
         )
 
 
-def _best(step: Step, samples: Sequence[Sample]) -> Sample:
-    """Return the best sample of a row; one that was stopped or failed if there is no other."""
-    scored = [_scored(step, sample) for sample in samples]
-    alive = [pair for pair in scored if pair[1].lives]
-    if alive:
-        return max(alive, key=lambda pair: pair[0])[1]
-    return next((sample for _, sample in scored if sample.error), scored[0][1])
+# --- the choice of a sample -------------------------------------------------------------------
 
 
-def _scored(step: Step, sample: Sample) -> tuple[float, Sample]:
-    if not sample.lives or step.best is None:
-        return 0.0, sample
-    try:
-        value = step.best.value(sample.cells)
-        # A float cannot hold every whole number, which an answer can contain.
-        score = value if isinstance(value, int) else float(value)
-        if isinstance(score, float) and isnan(score):
-            raise ValueError(f"{step.best.text!r} is not a number")
-    except (ValueError, TypeError) as error:
-        return 0.0, replace(sample, error=f"{step.name}: best has no value: {error}")
-    return score, sample
+def _ended(samples: Sequence[Sample]) -> Sample:
+    """Return what stands for a row without a living sample."""
+    return next((sample for sample in samples if sample.error), samples[0])
+
+
+def _best(step: Step, best: Expression, samples: Sequence[Sample]) -> Sample:
+    """Return the sample with the largest value, the first of several."""
+
+    def score(sample: Sample) -> int | float:
+        return _number(best, best.value(sample.cells))
+
+    found = _valued(step, "best", score, samples)
+    return max(found, key=lambda pair: pair[1])[0] if isinstance(found, list) else found
+
+
+def _most_frequent(step: Step, majority: Expression, samples: Sequence[Sample]) -> Sample:
+    """Return the first sample with the most frequent value."""
+
+    def value(sample: Sample) -> str:
+        found = majority.value(sample.cells)
+        if found is None:
+            raise ValueError(f"{majority.text!r} is null")
+        return json.dumps(as_json(found), sort_keys=True)
+
+    found = _valued(step, "majority", value, samples)
+    if not isinstance(found, list):
+        return found
+    # Of equal counts, the value that was found first.
+    ((most, _),) = Counter(value for _, value in found).most_common(1)
+    return next(sample for sample, value in found if value == most)
+
+
+def _preferred(step: Step, best: Expression, verdicts: Sequence[Sample]) -> Sample:
+    """Return the sample that most of the verdicts name, or that they score highest in all."""
+
+    def scores(verdict: Sample) -> list[int | float]:
+        return _scores(best, best.value(verdict.cells), len(verdict.members))
+
+    found = _valued(step, "best", scores, verdicts)
+    if not isinstance(found, list):
+        return found
+    members = found[0][0].members
+    sums = [sum(each) for each in zip(*(scores for _, scores in found), strict=True)]
+    chosen = sums.index(max(sums))
+    # The verdict in the table is one that agrees, if there is one.
+    agreeing = (verdict for verdict, scores in found if scores.index(max(scores)) == chosen)
+    verdict = next(agreeing, found[0][0])
+    sample = members[chosen]
+    return replace(sample, cells={**sample.cells, step.name: verdict.cells[step.name]})
+
+
+def _scores(best: Expression, value: Any, count: int) -> list[int | float]:
+    """Return the scores of the samples that a verdict gives: a list of them, or a number."""
+    if isinstance(value, list | tuple):
+        if len(value) != count:
+            raise ValueError(f"{best.text!r} has {len(value)} scores for {count} samples")
+        return [_number(best, each) for each in value]
+    named = _number(best, value)
+    if isinstance(value, bool) or named not in range(1, count + 1):
+        raise ValueError(f"{best.text!r} is {value!r}, which is no sample from 1 to {count}")
+    return [int(at == named) for at in range(1, count + 1)]
+
+
+def _number(expression: Expression, value: Any) -> int | float:
+    # A float cannot hold every whole number, which an answer can contain.
+    number = value if isinstance(value, int) else float(value)
+    if isinstance(number, float) and isnan(number):
+        raise ValueError(f"{expression.text!r} is not a number")
+    return number
+
+
+def _valued(
+    step: Step, key: str, value: Callable[[Sample], _Value], samples: Sequence[Sample]
+) -> list[tuple[Sample, _Value]] | Sample:
+    """Return the living samples that have a value; if there is none, what stands for the row."""
+    found: list[tuple[Sample, _Value]] = []
+    others: list[Sample] = []
+    for sample in samples:
+        try:
+            if sample.lives:
+                found.append((sample, value(sample)))
+            else:
+                others.append(sample)
+        except (ValueError, TypeError) as error:
+            others.append(sample.lost(step, f"{key} has no value: {error}"))
+    return found or _ended(others)
 
 
 # --- the requests of a step -------------------------------------------------------------------
+
+
+Unusable = dict[str, tuple[int, str]]
+"""Of steps, the samples without a usable answer: their number, and why for the first of them."""
+
+
+def _count_unusable(samples: Sequence[Sample], found: Unusable) -> None:
+    for sample in samples:
+        if sample.unusable:
+            count, reason = found.get(sample.unusable, (0, sample.error))
+            found[sample.unusable] = (count + 1, reason)
 
 
 @dataclass
@@ -176,6 +308,7 @@ class StepCounts:
         stopped: those that its filter stopped.
         failed: those for which its filter failed, and why it did for the first of them.
         asked: those that passed.
+        unusable: of the earlier steps.
     """
 
     samples: int = 0
@@ -183,6 +316,7 @@ class StepCounts:
     failed: int = 0
     reason: str = ""
     asked: int = 0
+    unusable: Unusable = field(default_factory=dict)
 
     def add(self, sample: Sample) -> None:
         """Count a sample after the filter."""
@@ -239,6 +373,8 @@ class StepTable:
                     yield item
                 continue
             row, samples = item
+            _count_unusable(samples, counts.unusable)
+            samples = compared(self._step, row, samples)
             for before in (sample for sample in samples if sample.lives):
                 sample = filtered(self._step, before)
                 counts.add(sample)
@@ -327,10 +463,12 @@ class Outcomes:
     Attributes:
         errors: samples with an error.
         several: a row has several samples.
+        unusable: of the steps.
     """
 
     errors: int = 0
     several: bool = False
+    unusable: Unusable = field(default_factory=dict)
 
 
 def write_outcomes(chain: Chain, results: Sequence[Path | None], file: IO[bytes]) -> Outcomes:
@@ -352,6 +490,7 @@ def write_outcomes(chain: Chain, results: Sequence[Path | None], file: IO[bytes]
             known = _digests(row, named)
             if samples and known:
                 found.errors += sum(bool(sample.error) for sample in samples)
+                _count_unusable(samples, found.unusable)
                 found.several |= len(samples) > 1
                 file.write(separator + _outcome(chain, row, samples, known))
                 separator = b",\n"
@@ -394,9 +533,14 @@ def _columns(chain: Chain, sample: Sample) -> dict[str, Any]:
     for step in chain.steps:
         if step.name in sample.cells:
             answer = as_json(sample.cells[step.name])
-            found = {f"{step.name}.{each}": answer.get(each) for each in step.fields}
+            found = {f"{step.name}.{each}": _field(answer, each) for each in step.fields}
             values |= found or {step.name: answer}
     return values
+
+
+def _field(answer: Any, name: str) -> Any:
+    """Return a field of an answer, or of each of those that were compared."""
+    return [each.get(name) for each in answer] if isinstance(answer, list) else answer.get(name)
 
 
 def table_options(chain: Chain, found: Outcomes) -> BackOptions:

@@ -50,8 +50,10 @@ _STEP_KEYS = (
     "examples",
     "example_answer",
     "schema",
+    "compare",
     "filter",
     "best",
+    "majority",
 )
 
 
@@ -64,8 +66,12 @@ class Step:
         place: in the file, for errors.
         system, system_template, examples, example_answer: see ``RequestOptions``.
         schema: JSON Schema of its answers, whose fields become columns.
+        compare: the steps whose answers it sees as lists, of all samples of a row; () if it asks
+            about each sample.
         filter: stops rows for which it is false.
-        best: keeps, of the samples of a row, the one with the largest value.
+        best: keeps, of the samples of a row, the one with the largest value; after ``compare``, the
+            one that it names or scores highest.
+        majority: keeps the first sample with the value that most samples of a row have.
         settings: of `aiflux run`, by name.
     """
 
@@ -77,8 +83,10 @@ class Step:
     examples: tuple[Mapping[str, Any], ...] = ()
     example_answer: str = ANSWER
     schema: Mapping[str, Any] | None = None
+    compare: tuple[str, ...] = ()
     filter: Expression | None = None
     best: Expression | None = None
+    majority: Expression | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -92,6 +100,12 @@ class Step:
         return tuple(f"{self.name}.{each}" for each in self.fields) or (self.name,)
 
     @property
+    def chosen_by(self) -> tuple[str | None, str | None]:
+        """The texts of ``best`` and ``majority``."""
+        best, majority = self.best, self.majority
+        return (None if best is None else best.text, None if majority is None else majority.text)
+
+    @property
     def asked(self) -> dict[str, Any]:
         """What its requests depend on, in addition to the rows; see ``recorded_step``."""
         system = self.system_template
@@ -102,6 +116,7 @@ class Step:
             "examples": [dict(each) for each in self.examples],
             "example_answer": self.example_answer,
             "schema": None if self.schema is None else dict(self.schema),
+            "compare": list(self.compare) or None,
             "filter": None if self.filter is None else self.filter.text,
         }
 
@@ -122,7 +137,9 @@ class Step:
         return prompt_and_form(self.template, form)
 
 
-def recorded_step(name: str, place: str, asked: Mapping[str, Any], best: str | None) -> Step:
+def recorded_step(
+    name: str, place: str, asked: Mapping[str, Any], best: str | None, majority: str | None
+) -> Step:
     """Return a step from what it ``asked``, without its settings."""
     given = dict(asked)
     for key in ("template", "system_template"):
@@ -133,7 +150,9 @@ def recorded_step(name: str, place: str, asked: Mapping[str, Any], best: str | N
     stop = given["filter"]
     given["filter"] = None if stop is None else Expression(stop)
     given["examples"] = tuple(given["examples"])
-    return Step(name, place, best=None if best is None else Expression(best), **given)
+    given["compare"] = tuple(given.get("compare") or ())
+    chosen_by = [None if text is None else Expression(text) for text in (best, majority)]
+    return Step(name, place, best=chosen_by[0], majority=chosen_by[1], **given)
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,8 @@ class _StepsFile:
                 f"use one of: {', '.join(FILTERED)}",
             )
         common = self._settings(given)
-        steps = tuple(self._step(name, common) for name in self._step_names())
+        names = [*self._step_names()]
+        steps = tuple(self._step(name, common, names[:at]) for at, name in enumerate(names))
         self._refuse_foreign(common, *(step.settings for step in steps))
         skip_bad = self._parsed(value_parsers.boolean, given, "skip_bad") or False
         return Chain(self.file.path, source, kind, target, steps, reader, filtered, skip_bad)
@@ -249,7 +269,7 @@ class _StepsFile:
                 )
             yield name
 
-    def _step(self, name: str, common: Mapping[str, Any]) -> Step:
+    def _step(self, name: str, common: Mapping[str, Any], earlier: Sequence[str]) -> Step:
         at = ("steps", name)
         given = self.file.mapping(*at, known=(*_STEP_KEYS, *BY_NAME), noun="key")
         schema, examples = self.path(given, "schema", *at), self.path(given, "examples", *at)
@@ -269,13 +289,32 @@ class _StepsFile:
             rows,
             self._text(given, "example_answer", *at) or ANSWER,
             content,
+            self._compared(given, earlier, *at),
             self._expression(given, "filter", *at),
             self._expression(given, "best", *at),
+            self._expression(given, "majority", *at),
             layered(common, self._settings(given, *at)),
         )
+        if step.best is not None and step.majority is not None:
+            raise ConfigError(f"{step.place} has both best and majority", "remove one")
         with self._blamed(*at):
             _ = step.prompt_and_form
         return step
+
+    def _compared(
+        self, given: Mapping[str, Any], earlier: Sequence[str], *at: str
+    ) -> tuple[str, ...]:
+        """Return the steps from the one that ``compare`` names on."""
+        name = self._text(given, "compare", *at)
+        if name is None:
+            return ()
+        if name not in earlier:
+            listed = ", ".join(earlier) or "none"
+            raise ConfigError(
+                f"{self.file.place(*at, 'compare')}: {name!r} is no earlier step",
+                f"name the step whose samples are compared; the earlier steps are: {listed}",
+            )
+        return tuple(earlier[earlier.index(name) :])
 
     def _template(
         self, given: Mapping[str, Any], key: str, file: str, *at: str
@@ -384,7 +423,11 @@ def _check_names(chain: Chain) -> None:
     with ExitStack() as stack:
         columns = open_source(chain.source, chain.kind, chain.reader, stack).columns
     known: dict[str, Sequence[str] | None] = dict.fromkeys(columns)
+    single: list[Step] = []  # steps of whose answers each row has several samples, or one
     for step in chain.steps:
+        _refuse_one_sample(step, single)
+        own = {name: known[name] for name in step.compare}
+        known |= dict.fromkeys(step.compare, LISTED)
         if step.name in known or not known.keys().isdisjoint(step.columns):
             raise ConfigError(
                 f"{step.place}: {str(chain.source)!r} already has a column {step.name!r}",
@@ -397,8 +440,43 @@ def _check_names(chain: Chain) -> None:
         if step.filter is not None:
             _refuse_unknown(step, "filter", step.filter, known)
         known[step.name] = step.fields
+        for key, chosen_by in (("best", step.best), ("majority", step.majority)):
+            if chosen_by is not None:
+                _refuse_unknown(step, key, chosen_by, known)
         if step.best is not None:
-            _refuse_unknown(step, "best", step.best, known)
+            known |= own
+        ends = step.best is not None or step.majority is not None
+        single = [] if ends else [step] if step.compare else [*single, step]
+
+
+def _refuse_one_sample(step: Step, single: Sequence[Step]) -> None:
+    """Refuse ``compare`` of a step with one sample, or of a later one than that with several.
+
+    Args:
+        single: the steps since samples were chosen or compared.
+
+    Raises:
+        ConfigError: names the step.
+    """
+    names = [each.name for each in single]
+    if not step.compare:
+        return
+    if step.compare[0] not in names:
+        raise ConfigError(
+            f"{step.place}: a row has one sample of the step {step.compare[0]!r} by then: a step "
+            "in between has best, majority or compare",
+            "remove it there, or compare a later step",
+        )
+    for each in single[: names.index(step.compare[0])]:
+        if (each.settings.get("samples") or 1) > 1:
+            raise ConfigError(
+                f"{step.place}: a row has several samples of the step {each.name!r}, too",
+                f"use compare: {each.name}",
+            )
+
+
+LISTED: Sequence[str] = ()
+"""The fields of an answer that a step sees as a list of those of all samples."""
 
 
 def _refuse_unknown(
@@ -419,8 +497,11 @@ def _refuse_unknown(
     for name in names:
         outer, dot, inner = name.partition(".")
         fields = known.get(outer)
+        if fields is not None and outer in step.compare and inner.split(".")[0].isdecimal():
+            continue
         if name not in known and dot and fields is not None and inner.split(".")[0] not in fields:
-            listed = ", ".join(fields) or "none, because it has no schema"
+            without = "it is a list of all samples" if outer in step.compare else "it has no schema"
+            listed = ", ".join(fields) or f"none, because {without}"
             raise InputError(
                 f"{step.place}: the {key} names {name!r}, but the step {outer!r} has no such field",
                 f"its fields are: {listed}",

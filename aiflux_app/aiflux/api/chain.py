@@ -134,6 +134,8 @@ class ChainView:
     @property
     def command(self) -> str:
         """The command that continues the chain, but for its other settings."""
+        if self.record.only:
+            return f"aiflux estimate {quote(str(self.record.file))}"
         words = ["aiflux chain", quote(str(self.record.file))]
         with suppress(ConfigError):  # such as a file that is gone
             if chain_output(self.record.file) != self.folder.output:

@@ -137,15 +137,26 @@ class PlannedPilot:
     def settings(self) -> dict[str, Any]:
         """What the pilot depends on; stored with it."""
         asked = self.asked
-        slurm = asdict(asked.config.get_slurm_config())
         return {
             "plan": self.whole.id,
             "input": to_json(self.whole.input),
             "requests": asked.requests,
             "where": asked.where,
             "options": self.options.to_json(),
-            "slurm": {name: slurm[name] for name in _HARDWARE} if asked.where == SLURM else None,
+            "slurm": hardware(asked.config) if asked.where == SLURM else None,
         }
+
+
+def hardware(config: Config) -> dict[str, Any]:
+    """Return the settings that determine the speed of a job."""
+    slurm = asdict(config.get_slurm_config())
+    return {name: slurm[name] for name in _HARDWARE}
+
+
+def pilot_walltime(slurm: SlurmConfig) -> str | None:
+    """Return the time limit of a pilot's job."""
+    longer = walltime_seconds(slurm.time) > walltime_seconds(LONGEST)
+    return LONGEST if longer else slurm.time
 
 
 @contextmanager
@@ -323,7 +334,7 @@ def _planned(one: PlannedPilot) -> PlannedRun:
 
     asked, pilot = one.asked, one.pilot
     slurm = asked.config.get_slurm_config()
-    limit = LONGEST if walltime_seconds(slurm.time) > walltime_seconds(LONGEST) else slurm.time
+    limit = pilot_walltime(slurm)
     small: SlurmConfig = replace(slurm, shards=1, max_running=None, time=limit, time_min=None)
     return plan_job(
         asked.config, small, pilot.input, pilot.output, one.options, check=asked.preflight

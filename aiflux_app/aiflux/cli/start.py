@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from aiflux.api.local_run import local_image, local_script, with_vendor
+from aiflux.api.local_run import draft_here, local_image, local_script, with_vendor
+from aiflux.cli.render.run import typed
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import BY_NAME
-from aiflux.core.runs.directory import RunDirectory, user_output
-from aiflux.core.runs.open import OpenedRun
+from aiflux.core.runs.directory import RunDirectory, checked_output, user_output
+from aiflux.core.runs.open import OpenedRun, RunDraft
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import Plan
 from aiflux.core.runs.registry import register_plan
@@ -28,10 +29,20 @@ from aiflux.core.runs.status_file import (
     requests_left,
 )
 from aiflux.engines.kinds import kind_named
-from aiflux.errors import AifluxError, EngineError, ExitCode, TooManyFailuresError, UsageError
+from aiflux.errors import (
+    AifluxError,
+    EngineError,
+    ExitCode,
+    RunConflictError,
+    TooManyFailuresError,
+    UsageError,
+)
+from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
+from aiflux.slurm.monitor import active_jobs
+from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.slurm.script import render_models
-from aiflux.util.files import temporary_folder
+from aiflux.util.files import short, temporary_folder
 
 if TYPE_CHECKING:
     from aiflux.slurm.jobs import JobId
@@ -77,6 +88,85 @@ def show_unused_settings(config: Config, given: Mapping[str, Any]) -> None:
             f"note: {', '.join(names)} has no effect: a running server needs no job",
             file=sys.stderr,
         )
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a command line asks for."""
+
+    config: Config
+    input: Path
+    output: Path
+    force: bool
+    force_resume: bool
+    preflight: bool
+    as_json: bool
+    after: tuple[JobId, ...] = ()
+    then: str = ""
+
+    @property
+    def managed(self) -> bool:
+        """Whether AI-Flux starts the engine; if not, a server is already running."""
+        return kind_named(self.config.engine).managed
+
+
+def draft_asked(asked: RunArguments) -> RunDraft:
+    """Plan a run that is processed here."""
+    force, force_resume = asked.force, asked.force_resume
+    return draft_here(
+        asked.config, asked.input, asked.output, force=force, force_resume=force_resume
+    )
+
+
+def open_here(asked: RunArguments) -> OpenedRun:
+    """Plan a run that is processed in the foreground, and register it for `aiflux jobs`."""
+    if not asked.managed:
+        show_local_choices(asked.config, None)
+    opened = draft_asked(asked).open()
+    if not opened.finished:
+        register(opened.plan)
+        carry_estimate(opened.plan, opened.run)
+        for finding in check_fields(opened.plan):
+            print(f"warning: {finding_text(finding)}", file=sys.stderr)
+    return opened
+
+
+def plan_asked(asked: RunArguments, *, write: bool) -> PlannedRun:
+    """Plan a run for Slurm; print what the checks found."""
+    from aiflux.slurm.submit import plan_job
+
+    planned = plan_job(
+        asked.config,
+        asked.config.get_slurm_config(),
+        asked.input,
+        asked.output,
+        asked.config.run_options(),
+        force=asked.force,
+        force_resume=asked.force_resume,
+        check=asked.preflight,
+        write=write,
+    )
+    show_local_choices(asked.config, planned.image)
+    for finding in planned.findings:
+        print(f"warning: {finding_text(finding)}", file=sys.stderr)
+    return planned
+
+
+def submit(asked: RunArguments) -> int:
+    """Submit a run.
+
+    Raises:
+        RunConflictError: a job works on it already; with the way to add a command.
+    """
+    try:
+        planned = plan_asked(asked, write=True)
+    except RunConflictError as error:
+        run = RunDirectory.of_output(checked_output(asked.output))
+        if asked.then and run.submissions.exists() and active_jobs(run):
+            command = f"aiflux resume {typed(short(run.path))} --then {quote(asked.then)}"
+            error.remedy = f"{error.remedy}; only to execute the command afterwards: {command}"
+        raise
+    return submit_planned(planned, asked.after, asked.then)
 
 
 def submit_planned(planned: PlannedRun, after: Sequence[JobId] = (), then: str = "") -> int:

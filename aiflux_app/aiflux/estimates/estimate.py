@@ -136,6 +136,38 @@ def unevenness(costs: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
+class SampledRows:
+    """What was drawn for a pilot. Each row has one request, or in a chain any number of them.
+
+    Attributes:
+        sizes: line sizes of their first requests.
+        count, bytes: of the full input: number of rows, and the total size of these lines.
+        places: of each request of the pilot, its row in the sample.
+    """
+
+    sizes: Sequence[int]
+    count: int
+    bytes: int
+    places: Sequence[int]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the sample is the whole input."""
+        return len(self.sizes) >= self.count
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of the requests' values by row."""
+        found = [0.0] * len(self.sizes)
+        for place, value in zip(self.places, values, strict=True):
+            found[place] += value
+        return found
+
+    def total(self, values: Iterable[float]) -> Range:
+        """Extrapolate the sum over the requests of all rows."""
+        return total(self.sums([*values]), self.sizes, self.count, self.bytes)
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a run costs in addition to time; None is unknown.
 
@@ -301,6 +333,7 @@ def estimate(
     time: str | None,
     where: str = SLURM,
     size_option: str = "--requests",
+    rows: SampledRows | None = None,
 ) -> Estimate:
     """Estimate the full run.
 
@@ -312,33 +345,38 @@ def estimate(
         time: time limit of one job in Slurm's format; None for no limit.
         where: see ``Estimate``.
         size_option: the option that sets the size of the pilot.
+        rows: that the requests are of, if the number of requests of the full run is not known.
     """
     full, costs = _costs(observations)
     seen = len(observations)
+    if rows is None:
+        sizes = [item.size for item in observations]
+        rows = SampledRows(sizes, whole.requests, drawn.bytes, range(seen))
+    requests = round(rows.total([1.0] * seen).value)
     doubt = _doubt(seen, full, _lanes(whole, status))
     details = status.details
-    work = _doubted(_sum(costs, observations, drawn, whole.requests), doubt)
+    work = _doubted(rows.total(costs), doubt)
     failed = sum(item.error is not None for item in observations)
     result = Estimate(
         plan=whole.id,
         where=where,
         created=utc_now(),
-        requests=whole.requests,
+        requests=requests,
         pilot=seen,
         pilot_failures=failed,
-        prompt_tokens=_total("prompt_tokens", observations, drawn, whole.requests),
-        completion_tokens=_total("completion_tokens", observations, drawn, whole.requests),
+        prompt_tokens=rows.total(item.prompt_tokens for item in observations),
+        completion_tokens=rows.total(item.completion_tokens for item in observations),
         in_flight=full,
         work_seconds=work,
         fixed_seconds=_fixed(observations, unix_seconds(details.started or "")),
-        uneven=1.0 if seen >= whole.requests else unevenness(costs),
+        uneven=1.0 if rows.complete else unevenness(rows.sums(costs)),
         gpus=_gpus(details.totals),
-        failures=share_of(failed, seen, whole.requests),
+        failures=share_of(failed, seen, requests),
         gpu_watts=mean_watts(details.energy),
     ).recommended(time)
     warnings = [
-        *_warn_of_size(result, doubt, size_option),
-        *_warn_of_results(observations, whole),
+        *_warn_of_size(result, rows, doubt, size_option),
+        *_warn_of_results(observations, whole, requests),
         *_warn_of_shards(result, time),
     ]
     return replace(result, warnings=tuple(warnings))
@@ -411,23 +449,12 @@ def _doubted(figure: Range, doubt: _Doubt) -> Range:
     return Range(figure.value, max(0.0, figure.value - below), figure.value + above)
 
 
-def _total(name: str, observations: Sequence[Observation], drawn: Drawn, requests: int) -> Range:
-    values = [float(getattr(item, name)) for item in observations]
-    return _sum(values, observations, drawn, requests)
-
-
-def _sum(
-    values: Sequence[float], observations: Sequence[Observation], drawn: Drawn, requests: int
-) -> Range:
-    return total(values, [item.size for item in observations], requests, drawn.bytes)
-
-
-def _warn_of_size(result: Estimate, doubt: _Doubt, option: str) -> Iterator[str]:
-    seen, work = result.pilot, result.work_seconds
-    if seen >= result.requests:
+def _warn_of_size(result: Estimate, rows: SampledRows, doubt: _Doubt, option: str) -> Iterator[str]:
+    seen, work = len(rows.sizes), result.work_seconds
+    if rows.complete:
         return
-    size = min((5 if doubt.unfilled else 4) * seen, result.requests)
-    larger = f"{option} {size}" + (" (all requests)" if size == result.requests else "")
+    size = min((5 if doubt.unfilled else 4) * seen, rows.count)
+    larger = f"{option} {size}" + (" (all requests)" if size == rows.count else "")
     if doubt.unfilled:
         yield (
             f"the pilot is too small to fill the engines ({result.in_flight} requests in flight): "
@@ -442,12 +469,15 @@ def _warn_of_size(result: Estimate, doubt: _Doubt, option: str) -> Iterator[str]
         )
 
 
-def _warn_of_results(observations: Sequence[Observation], whole: Plan) -> Iterator[str]:
+def _warn_of_results(
+    observations: Sequence[Observation], whole: Plan, requests: int
+) -> Iterator[str]:
     seen = len(observations)
     errors = Counter(item.error for item in observations if item.error is not None)
     failed = errors.total()
-    expected = failed * whole.requests / seen
-    if failed and (failed >= _MANY_FAILURES * seen or expected > whole.allowed_failures):
+    expected = failed * requests / seen
+    allowed = whole.options.allowed_failures(requests) + whole.left_out
+    if failed and (failed >= _MANY_FAILURES * seen or expected > allowed):
         (most, _), *_ = errors.most_common(1)
         yield f"{failed} of {seen} requests failed, most often with {most}"
     cut = sum(item.cut for item in observations)

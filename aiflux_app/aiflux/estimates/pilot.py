@@ -128,7 +128,9 @@ class Pilot:
         """
 
         def draw(target: Path) -> Drawn:
-            return _draw(summary, count, target) if same is None else _copy(*same, target)
+            if same is not None:
+                return _copy(*same, target)
+            return draw_requests(summary.path, summary.requests, count, target)
 
         return self.begin_with(settings, draw)
 
@@ -159,10 +161,12 @@ class Drawn:
     Attributes:
         requests: number of requests in the sample.
         bytes: total size of the request lines of the full input.
+        whole: number of requests of the full input; 0 if the plan of the full run has it.
     """
 
     requests: int
     bytes: int
+    whole: int = 0
 
 
 def chosen(requests: int, count: int) -> list[int]:
@@ -179,13 +183,17 @@ def chosen(requests: int, count: int) -> list[int]:
     return [source.randrange(low, high) for low, high in pairwise(edges)]
 
 
-def _draw(summary: InputSummary, count: int, target: Path) -> Drawn:
-    """Copy the sampled lines unchanged, in one pass over the input."""
-    wanted = iter(chosen(summary.requests, count))
+def draw_requests(path: Path, requests: int, count: int, target: Path) -> Drawn:
+    """Copy the sampled lines unchanged, in one pass over the input.
+
+    Args:
+        requests: number of lines of the input.
+    """
+    wanted = iter(chosen(requests, count))
     following = next(wanted, None)
     drawn = size = 0
     with atomic_write(target, 0o600) as file:
-        for index, (_, _, line) in enumerate(read_lines(summary.path)):
+        for index, (_, _, line) in enumerate(read_lines(path)):
             size += len(line)
             if index == following:
                 file.write(line + b"\n")

@@ -1050,6 +1050,139 @@ def test_a_chain_that_stopped_between_two_steps(
     assert f"next: aiflux chain {place}/steps.yaml --output {place}/other.csv\n" in printed
 
 
+# --- estimates --------------------------------------------------------------------------------
+
+
+def estimate(engine: FaultyEngine, *more: str) -> int:
+    return main(["estimate", *words(engine, "--concurrency", "4", *more)[1:]])
+
+
+SCORED = """
+draft:
+  template: "body:{body}"
+  samples: 3
+judge:
+  template: 'answer:{{"score": {draft}}}'
+  schema: score.json
+  best: judge.score
+after:
+  filter: judge.score > 3
+  template: "answer:{draft} {pad}"
+"""
+
+
+def write_scored(rows: int) -> None:
+    """Write the source of ``SCORED``: every second row passes its filter."""
+    with open("in.jsonl", "w", encoding="utf-8") as file:
+        for at in range(rows):
+            texts = ("1", "2", "5" if at % 2 else "3")
+            row = {"id": at, "body": drafts(*texts), "pad": "x" * (at % 7)}
+            file.write(f"{json.dumps(row)}\n")
+
+
+def test_a_sample_of_rows_in_all_steps_estimates_the_chain(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scored(200)
+    steps(SCORED, "in.jsonl", "out.jsonl")
+    assert estimate(engine, "--requests", "50", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    passed = len({body for body in engine.seen if body.startswith("answer:5 ")})
+    assert passed
+    asked = (
+        50 + 150 + sum(count for body, count in engine.seen.items() if body.startswith("answer:5 "))
+    )
+    assert engine.seen.total() == asked, "the sample, and nothing else"
+    made = found["estimate"]
+    assert (made["rows"], made["pilot"]) == (200, 50)
+    by_name = {step["name"]: step["requests"] for step in made["steps"]}
+    assert by_name["draft"] == {"value": 200.0, "low": 200.0, "high": 200.0}
+    judge = by_name["judge"]
+    assert (judge["value"], judge["high"]) == (600, pytest.approx(600))
+    assert 500 < judge["low"] < 600, "rows outside the sample may fail"
+    after = by_name["after"]
+    assert after["value"] == (asked - 200) * 4
+    assert after["low"] < 100 < after["high"], "every second row passes"
+    answered = [step["estimate"]["completion_tokens"]["value"] for step in made["steps"]]
+    assert made["sum"]["completion_tokens"]["value"] == pytest.approx(sum(answered))
+    assert found["command"] == (
+        f"aiflux chain --input steps.yaml --engine-url {engine.url} --retry-delay 0.01 "
+        "--max-retries 0 --concurrency 4"
+    )
+    assert not (place / "out.jsonl.aiflux").exists()
+    assert estimate(engine, "--requests", "50") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("pilot: 50 of 200 rows\n\nstep draft\npilot: 50 of 200 requests")
+    assert re.search(r"requests +600 +557 - 600\n", printed)
+    assert "all steps, one after the other\n" in printed
+    assert engine.seen.total() == asked, "the answers of the pilot are used again"
+    assert chain(engine) == 0
+    assert len(lines_of()) == 200
+    tokens = made["sum"]["prompt_tokens"]
+    actual = sum(
+        result["output"]["usage"]["prompt_tokens"]
+        for step in ("judge", "after")
+        for result in json.loads((place / f"out.jsonl.aiflux/steps/{step}.json").read_text())
+    )
+    assert tokens["low"] <= actual <= tokens["high"]
+
+
+def test_the_pilot_of_a_chain_that_is_the_whole_chain_has_no_doubt_of_the_tokens(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scored(6)
+    steps(SCORED, "in.jsonl", "out.jsonl")
+    assert estimate(engine, "--json") == 0
+    made = json.loads(capsys.readouterr().out)["estimate"]
+    assert (made["rows"], made["pilot"]) == (6, 6)
+    assert made["steps"][2]["requests"] == {"value": 3.0, "low": 3.0, "high": 3.0}
+    tokens = made["sum"]["prompt_tokens"]
+    assert tokens["low"] == tokens["value"] == tokens["high"]
+
+
+def test_a_step_that_no_row_of_the_sample_reaches_is_left_out_of_the_sum(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n" + "".join(f"{at},t\n" for at in range(100)))
+    steps(TWO)
+    assert estimate(engine, "--requests", "10") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"step second\nrequests +0 +0 - 2\d\n", printed)
+    assert "no row of the sample reached the step second" in printed
+    assert "--requests 40" in printed
+
+
+def test_a_changed_chain_gets_another_pilot(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n" + "".join(f"{at},text\n" for at in range(30)))
+    steps(TWO)
+    assert estimate(engine, "--requests", "5") == 0
+    before = engine.seen.total()
+    steps(TWO.replace("{first}-", "{first}+"))
+    assert estimate(engine, "--requests", "5") == 0
+    assert engine.seen.total() == 2 * before
+    assert estimate(engine, "--requests", "5", "--force") == 0
+    assert engine.seen.total() == 3 * before
+    capsys.readouterr()
+    assert estimate(engine, "--engine", "ollama,vllm") == 2
+    assert "several engines cannot be compared with a chain" in capsys.readouterr().err
+
+
+def test_failures_of_the_pilot_are_estimated(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{at},{'400' if at % 4 == 0 else 'text'}\n" for at in range(40))
+    (place / "in.csv").write_text(f"id,text\n{rows}")
+    steps('first:\n  template: "{text}"\nsecond:\n  template: "answer:{first}"\n')
+    assert estimate(engine, "--json") == 0
+    made = json.loads(capsys.readouterr().out)["estimate"]
+    first = made["steps"][0]["estimate"]
+    assert (first["pilot_failures"], first["failures"]["value"]) == (10, 10)
+    assert made["steps"][1]["requests"]["value"] == 30
+    assert any("10 of 40 requests failed" in text for text in first["warnings"])
+
+
 # --- Slurm ------------------------------------------------------------------------------------
 
 
@@ -1138,9 +1271,9 @@ def test_the_jobs_of_later_steps_are_checked_before_the_first_is_submitted(
     assert len(fakes.calls("sbatch")) == 2
 
 
-def job(place: Path, step: str, shard: int = 0) -> int:
+def job(place: Path, step: str, shard: int = 0, chain: str = "out.csv") -> int:
     """Run what the job of a step runs, without the shell around it."""
-    run = RunDirectory(place / "out.csv.aiflux" / "steps" / f"{step}.json.aiflux")
+    run = RunDirectory(place / f"{chain}.aiflux" / "steps" / f"{step}.json.aiflux")
     (script,) = run.path.glob("run.sbatch")
     found = re.search(r"^plan_step=\((.*)\)$", script.read_text(), re.MULTILINE)
     if found is not None:
@@ -1171,6 +1304,42 @@ def test_the_jobs_of_a_step_make_its_requests(
     assert main(slurm_words()) == 0
     assert len(fakes.calls("sbatch")) == 3
     assert [row["third"] for row in rows_of("out.csv")] == ["good-1!", "", "fine-3!"]
+
+
+def test_the_pilot_of_a_chain_in_slurm(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"{at},{'good' if at % 2 else 'bad'}\n" for at in range(60))
+    (place / "in.csv").write_text(f"id,text\n{rows}")
+    steps(THREE)
+    fakes = slurm(place, monkeypatch)
+    line = ["estimate", *slurm_words("--requests", "20", "--time", "2-00:00:00")[1:]]
+    assert main([*line, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["estimate"] is None
+    assert [each["state"] for each in shown["pilot"]["steps"]] == ["waiting"] * 3
+    options = [call.argv for call in fakes.calls("sbatch")]
+    dependencies = [[each for each in argv if "depend" in each] for argv in options]
+    assert dependencies == [[], ["--dependency=afterok:1"], ["--dependency=afterok:2"]]
+    scripts = [Path(argv[-1]).read_text() for argv in options]
+    assert all("#SBATCH --time=01:00:00" in script for script in scripts)
+    assert not any("--array=0-2" in script for script in scripts), "a pilot is one job"
+    assert main(line) == 0
+    assert "run the same command again for the estimate" in capsys.readouterr().err
+    assert len(fakes.calls("sbatch")) == 3, "nothing is submitted twice"
+    assert main([*line, "--force"]) == 2
+    assert "a pilot of this chain is still at work" in capsys.readouterr().err
+    for step in ("first", "second", "third"):
+        assert job(place, step, chain="out.csv.pilot/results.json") == 0
+    fakes.say("squeue", "")
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("pilot: 20 of 60 rows\n\nstep first\npilot: 20 of 60 requests")
+    assert re.search(r"step third\n(.*\n)+recommended: one job of 00:", printed)
+    assert "full chain, with shards and time of each step in its file:\n" in printed
+    assert main(["status", "out.csv.pilot/results.json"]) == 0
+    assert f"next: aiflux estimate {place}/steps.yaml" in capsys.readouterr().out
+    assert len(fakes.calls("sbatch")) == 3
 
 
 def test_a_filter_that_fails_in_a_job_is_reported(

@@ -17,7 +17,6 @@ from aiflux.api.ask import refuse_other_settings
 from aiflux.api.refusal import undone_if_refused
 from aiflux.cli.commands.convert import EXCLUSIVE, convert, read_param, read_prompt
 from aiflux.cli.commands.results import summary_lines
-from aiflux.cli.commands.run import RunArguments, open_here, submit
 from aiflux.cli.commands.status import follow
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
@@ -34,7 +33,15 @@ from aiflux.cli.parser import (
 from aiflux.cli.render.answers import AnswersReporter, FirstAnswers
 from aiflux.cli.render.run import overview, typed
 from aiflux.cli.run_argument import frame_of, make_console, show
-from aiflux.cli.start import refuse_local_at_url, run_here, run_local, write_output
+from aiflux.cli.start import (
+    RunArguments,
+    open_here,
+    refuse_local_at_url,
+    run_here,
+    run_local,
+    submit,
+    write_output,
+)
 from aiflux.converters.answer_table import (
     ANSWER,
     AnswerTable,

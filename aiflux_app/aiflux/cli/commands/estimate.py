@@ -65,6 +65,8 @@ from aiflux.util.records import to_json
 if TYPE_CHECKING:
     from aiflux.slurm.run_view import RunView
 
+STEPS_SUFFIXES = (".yaml", ".yml")
+
 
 @command(
     "estimate",
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
         "aiflux estimate prompts.jsonl --model llama3.2:3b --wait",
     ],
 )
-@input_parameters("Requests, *.jsonl", rare=True)
+@input_parameters("Requests, *.jsonl, or the steps of a chain, *.yaml", rare=True)
 @option(
     "-o",
     "--output",
@@ -108,6 +110,10 @@ def estimate(
     """
     source = the_input(input_argument, input_option)
     path = Path(source)
+    if path.suffix.lower() in STEPS_SUFFIXES:
+        from aiflux.cli.commands.chain import estimate_chain  # which loads the readers of tables
+
+        return estimate_chain(source, output, more)
     given = given_engines("estimate", given_settings(more))
     asked = [
         Asked(

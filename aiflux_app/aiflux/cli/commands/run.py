@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from aiflux.api.local_run import draft_here
 from aiflux.api.refusal import undone_if_refused
 from aiflux.cli.chains import chain_named
 from aiflux.cli.json_output import json_option, print_json, then_status
@@ -30,15 +27,19 @@ from aiflux.cli.pipes import kept_input
 from aiflux.cli.render.run import dry_run_summary, typed
 from aiflux.cli.run_argument import run_argument
 from aiflux.cli.start import (
+    RunArguments,
     add_then,
+    draft_asked,
     execute_then,
+    open_here,
+    plan_asked,
     print_finished,
     refuse_local_at_url,
     register,
     run_here,
     run_local,
-    show_local_choices,
     show_unused_settings,
+    submit,
     submit_planned,
     warn_not_executed,
     write_output,
@@ -55,8 +56,6 @@ from aiflux.core.runs.directory import (
 )
 from aiflux.core.runs.input_copy import copy_of_input
 from aiflux.core.runs.open import (
-    OpenedRun,
-    RunDraft,
     draft_run,
     refuse_contradiction,
     refuse_own_input,
@@ -65,12 +64,11 @@ from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
 from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
 from aiflux.engines.kinds import engine_kind, kind_named
-from aiflux.errors import MissingResultsError, RunConflictError, SlurmError, UsageError
-from aiflux.estimates.estimate import carry_estimate
+from aiflux.errors import MissingResultsError, SlurmError, UsageError
 from aiflux.estimates.pilot import FEWEST
 from aiflux.slurm.commands import located
-from aiflux.slurm.monitor import active_jobs, gather
-from aiflux.slurm.preflight.local import check_fields, finding_text
+from aiflux.slurm.monitor import gather
+from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.script import checked_then
 from aiflux.util.files import short
 from aiflux.util.streams import STDIN
@@ -199,26 +197,6 @@ def run(
         return then_status(lambda: start(asked), directory) if asked.as_json else start(asked)
 
 
-@dataclass(frozen=True)
-class RunArguments:
-    """What a command line asks for."""
-
-    config: Config
-    input: Path
-    output: Path
-    force: bool
-    force_resume: bool
-    preflight: bool
-    as_json: bool
-    after: tuple[JobId, ...] = ()
-    then: str = ""
-
-    @property
-    def managed(self) -> bool:
-        """Whether AI-Flux starts the engine; if not, a server is already running."""
-        return kind_named(self.config.engine).managed
-
-
 def _jobs_before(config: Config, names: Sequence[str]) -> tuple[JobId, ...]:
     """Return the jobs that have to succeed before a run starts.
 
@@ -249,27 +227,6 @@ def _command_after(given: str | None) -> str:
     return "" if given is None else checked_then(given)
 
 
-def _draft(asked: RunArguments) -> RunDraft:
-    """Plan a run that is processed here."""
-    force, force_resume = asked.force, asked.force_resume
-    return draft_here(
-        asked.config, asked.input, asked.output, force=force, force_resume=force_resume
-    )
-
-
-def open_here(asked: RunArguments) -> OpenedRun:
-    """Plan a run that is processed in the foreground, and register it for `aiflux jobs`."""
-    if not asked.managed:
-        show_local_choices(asked.config, None)
-    opened = _draft(asked).open()
-    if not opened.finished:
-        register(opened.plan)
-        carry_estimate(opened.plan, opened.run)
-        for finding in check_fields(opened.plan):
-            print(f"warning: {finding_text(finding)}", file=sys.stderr)
-    return opened
-
-
 def _start_here(asked: RunArguments) -> int:
     opened = open_here(asked)
 
@@ -285,48 +242,10 @@ def _start_here(asked: RunArguments) -> int:
     return code
 
 
-def _plan_job(asked: RunArguments, *, write: bool) -> PlannedRun:
-    """Plan a run for Slurm; print what the checks found."""
-    from aiflux.slurm.submit import plan_job
-
-    planned = plan_job(
-        asked.config,
-        asked.config.get_slurm_config(),
-        asked.input,
-        asked.output,
-        asked.config.run_options(),
-        force=asked.force,
-        force_resume=asked.force_resume,
-        check=asked.preflight,
-        write=write,
-    )
-    show_local_choices(asked.config, planned.image)
-    for finding in planned.findings:
-        print(f"warning: {finding_text(finding)}", file=sys.stderr)
-    return planned
-
-
-def submit(asked: RunArguments) -> int:
-    """Submit a run.
-
-    Raises:
-        RunConflictError: a job works on it already; with the way to add a command.
-    """
-    try:
-        planned = _plan_job(asked, write=True)
-    except RunConflictError as error:
-        run = RunDirectory.of_output(checked_output(asked.output))
-        if asked.then and run.submissions.exists() and active_jobs(run):
-            command = f"aiflux resume {typed(short(run.path))} --then {quote(asked.then)}"
-            error.remedy = f"{error.remedy}; only to execute the command afterwards: {command}"
-        raise
-    return submit_planned(planned, asked.after, asked.then)
-
-
 def _dry_run(asked: RunArguments, *, script: bool) -> int:
     """Show a run's plan; a run whose server is already running needs neither Slurm nor image."""
-    planned = _plan_job(asked, write=False) if asked.managed else None
-    plan = _draft(asked).plan if planned is None else planned.opened.plan
+    planned = plan_asked(asked, write=False) if asked.managed else None
+    plan = draft_asked(asked).plan if planned is None else planned.opened.plan
     if asked.as_json:
         print_json(_as_json(plan, planned))
         return 0

@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from aiflux.core.config.settings import section_settings
+from aiflux.estimates.chain import ChainEstimate
 from aiflux.estimates.energy import UNKNOWN_RATES, Rates, kwh_text
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
 from aiflux.estimates.recommendation import Recommendation, counts_gpus
@@ -50,6 +51,44 @@ def forecast(
         Text(f"  {command}"),
         *([] if wait is None else [Text(f"start, if submitted now: {_start(wait)}", style="dim")]),
     ]
+
+
+def chain_forecast(
+    found: ChainEstimate, command: str, rates: Rates = UNKNOWN_RATES, width: int = WIDTH
+) -> list[Text]:
+    """Return the estimate of a chain: each step, then their sum."""
+    lines = [Text(f"pilot: {found.pilot} of {count(found.rows)} rows")]
+    slurm = False
+    for step in found.steps:
+        lines += [Text(""), Text(f"step {step.name}", style="bold")]
+        each = step.estimate
+        if each is None:
+            lines.append(_figure("requests", step.requests, "count"))
+            continue
+        slurm = each.where == SLURM
+        lines += [*_pilot(each), _line("", "estimate", "95 % between", style="dim")]
+        rows = [("requests", step.requests, "count"), *_figures(each, rates)]
+        lines += [*(_figure(*row) for row in rows), *_warning_lines(each.warnings, width)]
+        if slurm:
+            lines.append(Text(f"{_advice(each)}"))
+    lines += [Text(""), Text("all steps, one after the other", style="bold")]
+    lines += [_figure(*row) for row in _summed(found, rates)]
+    lines += [*_warning_lines(found.warnings, width), Text("")]
+    where = ", with shards and time of each step in its file" if slurm else ""
+    return [*lines, Text(f"full chain{where}:", style="bold"), Text(f"  {command}")]
+
+
+def _summed(found: ChainEstimate, rates: Rates) -> Iterator[tuple[str, Range, str]]:
+    costs = found.costs(rates)
+    rows = [
+        ("prompt tokens", found.sum(lambda each: each.prompt_tokens), "count"),
+        ("answer tokens", found.sum(lambda each: each.completion_tokens), "count"),
+        ("failed requests", found.sum(lambda each: each.failures), "count"),
+        ("time", found.seconds, "seconds"),
+        ("GPU-hours", found.gpu_hours if found.gpus else None, "hours"),
+        *((name, getattr(costs, field), unit) for name, field, unit in _COSTS if found.gpus),
+    ]
+    yield from ((name, figure, unit) for name, figure, unit in rows if figure is not None)
 
 
 def _start(wait: float) -> str:
@@ -159,21 +198,24 @@ def comparison(rows: Sequence[ComparedFigure]) -> list[Text]:
     return lines
 
 
-def full_command(given: Mapping[str, Any], slurm: bool, found: Estimate) -> str:
+def full_command(
+    given: Mapping[str, Any], slurm: bool, found: Estimate | None, command: str = "run"
+) -> str:
     """Return the command of the full run with the recommended options, quoted for a shell.
 
     Args:
         given: the user's options by name; None for those that were not given.
         slurm: whether it is a Slurm run.
+        found: None for a chain, whose steps differ in what is recommended.
     """
     wanted = {
         name: value
         for name, value in given.items()
         if value is not None and name not in section_settings("accounting")
     }
-    if slurm:
+    if slurm and found is not None:
         wanted |= {"shards": found.shards, "time": found.time}
-    words = ["aiflux", "run"]
+    words = ["aiflux", command]
     for name, value in wanted.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):

@@ -142,6 +142,7 @@ class ChainRecord:
     reader: dict[str, Any] = field(default_factory=dict)
     filtered: str = KEPT
     skip_bad: bool = False
+    only: tuple[str, ...] = ()
     writing: bool = False
     table: WrittenFile | None = None
     made_from: tuple[int, ...] = ()
@@ -168,6 +169,7 @@ class ChainRecord:
             self.reader,
             self.filtered,
             self.skip_bad,
+            self.only,
         )
 
 
@@ -354,6 +356,7 @@ class ChainRuns:
                 dict(chain.reader),
                 chain.filtered,
                 chain.skip_bad,
+                chain.only,
                 removed=tuple(known.values()),
             )
             if earlier is not None:
@@ -434,6 +437,11 @@ class ChainRuns:
         for path in self._results(count):
             state += (0, 0) if path is None else size_and_time(path)
         return tuple(state)
+
+    @property
+    def source_state(self) -> tuple[int, ...]:
+        """What changes with the source, and with the way in which it is read."""
+        return self._state(0)
 
     def prepare(
         self, step: Step, allowed: Callable[[int], int], *, force: bool = False

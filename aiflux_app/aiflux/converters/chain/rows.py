@@ -82,9 +82,13 @@ class ChainRows:
 
     def __iter__(self) -> Iterator[Skipped | tuple[Row, list[Sample]]]:
         """Yield each row of the source with its samples."""
+        only = frozenset(self.chain.only)
         for row in self.table.rows():
             if isinstance(row, Skipped):
-                yield row
+                if not only:
+                    yield row
+                continue
+            if only and row.name not in only:
                 continue
             samples = [Sample(row.name, row.cells)]
             for step, answers in zip(self._steps, self._answers, strict=True):

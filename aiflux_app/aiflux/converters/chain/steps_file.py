@@ -166,6 +166,7 @@ class Chain:
         reader: options of the source's reader.
         filtered: one of ``FILTERED``.
         skip_bad: skip rows of the source that cannot become a request.
+        only: the names of the rows that are asked about; () for all.
     """
 
     path: Path
@@ -176,6 +177,7 @@ class Chain:
     reader: Mapping[str, Any] = field(default_factory=dict)
     filtered: str = KEPT
     skip_bad: bool = False
+    only: tuple[str, ...] = ()
 
 
 def read_chain(path: Path, output: Path | None = None) -> Chain:

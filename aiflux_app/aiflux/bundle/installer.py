@@ -52,7 +52,14 @@ TOP = "aiflux-bundle/"
 SUMS = "SHA256SUMS"
 CONTENTS = "bundle.json"
 _CHUNK = 4 << 20
-_SMALL = 16 << 20  # maximum size of the checksum list in bytes
+_SMALL = 16 << 20  # maximum size of a header and of the checksum list in bytes
+_IN_MEMORY = (  # headers whose content tarfile reads at once
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _SUM = re.compile(r"([0-9a-f]{64})  (\S.*)\Z")
 _IMAGE = r"image/aiflux(-[a-z]+){0,2}\.sif"
 _HUB = r"hub/models--[\w.-]+"  # a model of Hugging Face, in the layout of huggingface_hub's cache
@@ -247,21 +254,11 @@ def _damaged(path: Path, what: str) -> InstallError:
     )
 
 
-class ArchiveFile(io.BufferedReader):
-    """An untrusted tar file: large headers cannot make ``tarfile`` read it into memory."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Read at most the size of one chunk."""
-        if size is None or not 0 <= size <= _SMALL:
-            raise tarfile.ReadError("a header is too large")
-        return super().read(size)
-
-
 class PlainMember(tarfile.TarInfo):
-    """A member that is not sparse, because a sparse member can be far larger than its archive.
+    """A member of an untrusted archive: it is not sparse, and its headers are small.
 
-    ``tarfile`` reads the maps of sparse members before they can be rejected, and does not limit
-    them.
+    A sparse member can be far larger than its archive. ``tarfile`` reads the maps of sparse members
+    and long headers into memory before they can be rejected, and does not limit them.
     """
 
     @classmethod
@@ -271,6 +268,11 @@ class PlainMember(tarfile.TarInfo):
             return super().fromtarfile(tarfile_)
         except (ValueError, OverflowError, RecursionError) as error:
             raise tarfile.ReadError("a header is invalid") from error
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> Any:
+        if self.type in _IN_MEMORY and not 0 <= self.size <= _SMALL:
+            raise tarfile.ReadError("a header is too large")
+        return super()._proc_member(tarfile_)  # type: ignore[misc] # not in the stubs
 
     def _refuse_sparse(self, *_: Any) -> Any:
         raise tarfile.ReadError("it has a sparse member")
@@ -284,7 +286,7 @@ def open_archive(file: io.FileIO) -> tarfile.TarFile:
     Raises:
         tarfile.TarError: the file is not a tar file.
     """
-    return tarfile.open(fileobj=ArchiveFile(file), mode="r:", tarinfo=PlainMember)
+    return tarfile.open(fileobj=io.BufferedReader(file), mode="r:", tarinfo=PlainMember)
 
 
 def plain(info: tarfile.TarInfo) -> bool:

@@ -625,9 +625,10 @@ def test_deeply_nested_bundle_json_is_an_error(bundle: Path, depth: int) -> None
         verify(of_contents(bundle, b"[" * depth + b"]" * depth))
 
 
-def test_a_header_that_needs_much_memory_is_rejected(bundle: Path) -> None:
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_needs_much_memory_is_rejected(bundle: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("x")
-    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    info.type, info.size = kind, 1 << 40
     bundle.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
     os.truncate(bundle, 1 << 40)  # a sparse file of the size in the header
     with pytest.raises(InstallError, match="a header is too large"):

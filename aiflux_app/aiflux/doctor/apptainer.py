@@ -25,7 +25,7 @@ from aiflux.errors import ImageError
 from aiflux.image import base
 from aiflux.image.base import ENGINES
 from aiflux.image.container import find_image, find_runtime, is_chosen, probe_command
-from aiflux.image.run_tool import apptainer, ask
+from aiflux.image.run_tool import apptainer, ask, is_singularity_ce
 from aiflux.image.sif import how_to_build, machine_arch, read_image
 from aiflux.image.signing import diagnose
 from aiflux.models.name import DEFAULT_HOST
@@ -70,7 +70,7 @@ def _runtime(runtime: Path) -> Iterator[Diagnosis]:
     setuid = is_setuid(runtime, settings)
     yield _mode(setuid)
     yield _mounting(setuid, settings)
-    yield _building(setuid)
+    yield _building(setuid, fakeroot_command=not is_singularity_ce(runtime))
     yield from gpus(os.environ, settings)
 
 
@@ -132,9 +132,10 @@ def _mode(setuid: bool) -> Diagnosis:
 def _mounting(setuid: bool, settings: dict[str, str]) -> Diagnosis:
     if setuid:
         return ok("mounting", "the kernel mounts images")
-    shipped = Path(settings.get("LIBEXECDIR", "/nonexistent")) / "apptainer" / "bin"
+    library = Path(settings.get("LIBEXECDIR", "/nonexistent"))
     helper = any(
-        shutil.which(name) or (shipped / name).exists() for name in ("squashfuse_ll", "squashfuse")
+        shutil.which(name) or [*library.glob(f"*/bin/{name}")]  # its own: apptainer, singularity
+        for name in ("squashfuse_ll", "squashfuse")
     )
     if helper and host.fuse_usable():
         return ok("mounting", "squashfuse mounts images")
@@ -146,7 +147,7 @@ def _mounting(setuid: bool, settings: dict[str, str]) -> Diagnosis:
     )
 
 
-def _building(setuid: bool) -> Diagnosis:
+def _building(setuid: bool, *, fakeroot_command: bool) -> Diagnosis:
     user = pwd.getpwuid(os.getuid())
     elsewhere = "build it elsewhere and copy aiflux.sif here"
     if host.user_namespaces() is not None and not setuid:
@@ -161,7 +162,7 @@ def _building(setuid: bool) -> Diagnosis:
         if lacking
         else "newuidmap is missing"
     )
-    if shutil.which("fakeroot"):
+    if fakeroot_command and shutil.which("fakeroot"):
         return warn(
             "building",
             f"{what}: builds use the fakeroot command, which may not suffice",

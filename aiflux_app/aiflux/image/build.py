@@ -17,7 +17,7 @@ from aiflux.errors import ImageError
 from aiflux.image import base
 from aiflux.image.base import BaseChoice, BuildOptions, choose_base
 from aiflux.image.container import find_runtime
-from aiflux.image.run_tool import ask, capture, run
+from aiflux.image.run_tool import ask, capture, is_singularity_ce, run
 from aiflux.image.signing import Ask, Signer, find_signer, no_answer, sign
 from aiflux.util.files import temporary_folder
 
@@ -191,7 +191,7 @@ def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Pa
     """
     output = options.output.absolute()
     _check_output(output, options.force)
-    apptainer = str(find_runtime())
+    runtime = find_runtime()
     sources = find_sources()
     signer = find_signer(options.key, ask) if options.sign else None
     choice = choose_base(options)
@@ -202,7 +202,10 @@ def build(options: BuildOptions, say: Say = _silent, ask: Ask = no_answer) -> Pa
     with temporary_folder(scratch) as work:
         stage(work / "payload", sources, options, choice)
         new = output.with_name(f".{output.name}.{os.getpid()}.new")
-        command = render_command(apptainer, new, sources.definition, options, choice)
+        fakeroot = os.geteuid() != 0 and is_singularity_ce(runtime)  # Apptainer needs no option
+        command = render_command(
+            str(runtime), new, sources.definition, options, choice, fakeroot=fakeroot
+        )
         environment = build_environment(os.environ, scratch, sources)
         try:
             run(command, "the image could not be built", _REMEDY, cwd=work, env=environment)
@@ -229,10 +232,18 @@ def _sign(image: Path, signer: Signer | None) -> ImageError | None:
 
 
 def render_command(
-    apptainer: str, output: Path, definition: Path, options: BuildOptions, choice: BaseChoice
+    apptainer: str,
+    output: Path,
+    definition: Path,
+    options: BuildOptions,
+    choice: BaseChoice,
+    *,
+    fakeroot: bool = False,
 ) -> list[str]:
     """Return the ``apptainer build`` command; it runs next to the staged payload."""
     command = [apptainer, "build"]
+    if fakeroot:
+        command.append("--fakeroot")
     if not options.run_tests:
         command.append("--notest")
     if choice.image and base.parse(choice.image).insecure:
@@ -266,7 +277,7 @@ def build_environment(
     environ: Mapping[str, str], scratch: Path, sources: Checkout
 ) -> dict[str, str]:
     """Return the environment of ``apptainer build``: commit time and temporary directory."""
-    environment = {**environ, "APPTAINER_TMPDIR": str(scratch)}
+    environment = {**environ, "APPTAINER_TMPDIR": str(scratch), "SINGULARITY_TMPDIR": str(scratch)}
     commit_time = sources.commit_time
     if commit_time:
         environment.setdefault("SOURCE_DATE_EPOCH", commit_time)
@@ -274,8 +285,9 @@ def build_environment(
 
 
 def scratch_dir(environ: Mapping[str, str]) -> Path:
-    """Return the build's temporary directory: APPTAINER_TMPDIR, else the system's."""
-    return Path(environ.get("APPTAINER_TMPDIR") or tempfile.gettempdir())
+    """Return the build's temporary directory: that set for Apptainer, else the system's."""
+    chosen = environ.get("APPTAINER_TMPDIR") or environ.get("SINGULARITY_TMPDIR")
+    return Path(chosen or tempfile.gettempdir())
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -80,6 +80,13 @@ def ask(command: Sequence[str | Path]) -> str | None:
     return done.stdout.removesuffix("\n") if done.returncode == 0 else None
 
 
+def is_singularity_ce(runtime: Path) -> bool:
+    """Return whether the program is SingularityCE; Apptainer can have the name singularity too."""
+    if runtime.name == "apptainer":
+        return False
+    return (ask([runtime, "--version"]) or "").startswith("singularity")
+
+
 def apptainer(words: Sequence[str], typed: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run Apptainer, capturing output and errors.
 

@@ -150,6 +150,27 @@ def os_arch() -> str:
     return "amd64" if os.uname().machine == "x86_64" else "arm64"
 
 
+def test_singularity_ce_is_checked_as_itself(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has its own squashfuse, and no build with the fakeroot command."""
+    helper = tmp_path / "libexec" / "singularity" / "bin" / "squashfuse_ll"
+    helper.parent.mkdir(parents=True)
+    helper.touch()
+    for name in ("bash", "basename", "dirname", "mkdir", "env"):
+        (commands.folder / name).symlink_to(f"/usr/bin/{name}")
+    commands.say("fakeroot")
+    said = APPTAINER.replace("apptainer version", "singularity-ce version")
+    commands.add("singularity", said.format(version="4.5.1", libexec=tmp_path / "libexec", seals=0))
+    image = make_sif(tmp_path / "a.sif", version="1")
+    monkeypatch.setenv("PATH", str(commands.folder))  # without Apptainer
+    found = by_name([*containers(config(tmp_path, AIFLUX_IMAGE=str(image)), tmp_path)])
+    assert found["singularity"][0] == Diagnosis("singularity", "ok", "singularity-ce version 4.5.1")
+    assert "squashfuse is not installed" not in found["mounting"][0].what
+    assert found["building"][0].what.startswith("images cannot be built here")
+    assert found["sealing"][0].level == "ok"
+
+
 def test_failed_sealing_shows_the_reason(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -31,8 +32,10 @@ from aiflux.image.build import (
     find_sources,
     known_facts,
     render_command,
+    scratch_dir,
 )
 from aiflux.image.container import image_names
+from aiflux.image.run_tool import is_singularity_ce
 from aiflux.image.sif import read_image
 from tests.tools.make_sif import make_sif
 from tests.unit.fake_commands import FakeCommands
@@ -264,9 +267,39 @@ def test_the_command_line_for_a_registry_on_loopback() -> None:
     assert "from=127.0.0.1:5000/o/o:1" in command
 
 
+def test_singularity_ce_builds_without_root_with_an_option(tmp_path: Path) -> None:
+    def command(**more: bool) -> list[str]:
+        return render_command("s", Path("/o"), Path("/d"), BuildOptions(), DEBIAN, **more)
+
+    assert command(fakeroot=True) == ["s", "build", "--fakeroot", *command()[2:]]
+    fakes = FakeCommands(tmp_path)
+    for printed, ce in (("singularity-ce version 4.5.1", True), ("apptainer version 1.4.5", False)):
+        assert is_singularity_ce(fakes.say("singularity", f"{printed}\n")) is ce
+    assert not is_singularity_ce(tmp_path / "apptainer")
+
+
+def test_the_temporary_directory_is_that_of_either_runtime(tmp_path: Path) -> None:
+    assert scratch_dir({"SINGULARITY_TMPDIR": "/s"}) == Path("/s")
+    assert scratch_dir({"SINGULARITY_TMPDIR": "/s", "APPTAINER_TMPDIR": "/a"}) == Path("/a")
+
+
+def test_the_definition_writes_labels_with_either_runtime() -> None:
+    """Its command in %post, with the variables of SingularityCE or of Apptainer (set -u)."""
+    text = find_sources().definition.read_text(encoding="utf-8")
+    (words,) = re.findall(r'"\$\{APPTAINER_LABELS.*', text)
+    for name in ("SINGULARITY", "APPTAINER"):
+        environ = {f"{name}_LABELS": "/l a", f"{name}_ENVIRONMENT": "/e"}
+        script = f"set -eu; printf '%s\n' {words}"
+        done = subprocess.run(
+            ["sh", "-c", script], env=environ, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines() == ["/l a", "/e"]
+
+
 def test_the_build_time_is_that_of_the_commit(tmp_path: Path) -> None:
     environment = build_environment({"A": "b"}, tmp_path, find_sources())
     assert environment["APPTAINER_TMPDIR"] == str(tmp_path)
+    assert environment["SINGULARITY_TMPDIR"] == str(tmp_path)
     assert environment["A"] == "b"
     if find_sources().commit != "unknown":
         assert environment["SOURCE_DATE_EPOCH"].isdigit()

@@ -444,7 +444,8 @@ def _request(method: str, url: str, headers: dict[str, str] | None = None) -> tu
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:  # noqa: S310
             return response.status, response.headers
     except urllib.error.HTTPError as error:
-        return error.code, error.headers
+        with error:  # it holds the connection
+            return error.code, error.headers
 
 
 def _reason(error: OSError) -> str:

@@ -32,4 +32,4 @@ else:
 
 __all__ = ["Result", "Run", "RunState", "RunView", "__version__", "ask", "chain", "open_run", "run"]
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

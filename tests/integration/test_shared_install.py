@@ -48,7 +48,7 @@ def prefix(stack: dict[str, str]) -> Iterator[Path]:
 def loaded(user: User, kind: str, prefix: Path, then: str, cwd: Path) -> str:
     """Load the modulefile with the real program, and run a command line in that environment."""
     folder = user.folder(f"modules-{kind}")
-    target = folder / "aiflux" / f"0.1.0{'.lua' if kind == 'lmod' else ''}"
+    target = folder / "aiflux" / f"1.0.0{'.lua' if kind == 'lmod' else ''}"
     user.run("mkdir", "-p", target.parent)
     template = TEMPLATES / f"aiflux.{'lua' if kind == 'lmod' else 'tcl'}"
     quoted = f'"{prefix}"' if kind == "lmod" else f"{{{prefix}}}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aiflux import __version__
+from aiflux.bundle.writer import PYTHONS
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_command import filled_words
 from aiflux.slurm.script import JobScript, render
@@ -15,6 +20,7 @@ from aiflux.slurm.submit import plan_job
 from tests.unit.helpers import write_input
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
+RECIPES = SITES / "modules"
 COMMON = [
     "--output=/o/logs/slurm-%j.out",
     "--open-mode=append",
@@ -123,3 +129,38 @@ def test_a_site_s_own_server_needs_no_image(site: str, tmp_path: Path) -> None:
     words = filled_words(str(config.get("engine_command")), values)
     assert "Qwen/Qwen3-8B" in words
     assert words[words.index("--max-num-seqs") + 1] == "64"
+
+
+def test_the_recipe_for_easybuild_is_of_this_version() -> None:
+    (recipe,) = RECIPES.glob("*.eb")
+    found: dict[str, Any] = {"SYSTEM": None}
+    exec(recipe.read_text(encoding="utf-8"), found)  # noqa: S102
+    assert recipe.name == f"{found['name']}-{found['version']}.eb" == f"AI-Flux-{__version__}.eb"
+
+
+def test_the_recipe_for_spack_agrees_with_the_package() -> None:
+    (recipe,) = RECIPES.glob("spack_repo/aiflux/packages/*/package.py")
+    tree = ast.parse(recipe.read_text(encoding="utf-8"))
+    (made,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    calls = [node.value for node in made.body if isinstance(node, ast.Expr)]
+    found = {
+        ast.unparse(call.func): ast.literal_eval(call.args[0])
+        for call in calls
+        if isinstance(call, ast.Call)
+    }
+    project = (SITES.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert found == {
+        "version": __version__,
+        "depends_on": f"python@{PYTHONS[0]}:{PYTHONS[-1]}",  # the bundle has the other packages
+        "license": "MIT",
+    }
+    assert f'requires-python = ">={PYTHONS[0]}"' in project
+    assert f'license = "{found["license"]}"' in project
+    assert f"\n{recipe.parent.name} = " in project.partition("[project.scripts]")[2]
+    assert made.name == recipe.parent.name.capitalize()
+    assert f"/aiflux-{__version__}.tar" in ast.unparse(made)
+
+
+def test_the_page_about_the_installation_names_this_version_only() -> None:
+    page = (SITES.parents[1] / "docs" / "installation.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?i)flux[/-](\d+\.\d+\.\d+)", page)) == {__version__}

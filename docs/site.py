@@ -24,7 +24,7 @@ from aiflux.cli.parser import Command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md"),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 _LINK = re.compile(r"\[([^\]]*)\]\(([^()\s]+)\)")

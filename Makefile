@@ -33,7 +33,7 @@ plain := $(shell git ls-files -- aiflux_app docs tests container entrypoint benc
 	'examples/*.sh' 'examples/*.py' Makefile 2>/dev/null | \
 	grep -vE '\.(lock|svg|png|gz|bin)$$|made_elsewhere|docs/assets')
 
-.PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down docs clean
+.PHONY: help install image demo test test-fast test-slow lint bench cluster cluster-down docs release clean
 
 help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -105,6 +105,11 @@ slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch scrip
 
 docs: $(bin)/.installed-dev ## build the website and the man pages in build/docs
 	$(bin)/python docs/site.py build/docs
+
+release: $(bin)/.installed-dev ## check that this commit can be released, build it in dist and create its tag
+	$(bin)/python .ci/release.py --check
+	$(bin)/python -m pip install --quiet --disable-pip-version-check 'hatchling>=1.25'
+	$(bin)/python .ci/release.py
 
 clean: ## remove build results
 	rm -rf $(VENV) aiflux.sif build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,6 +17,7 @@ KEY ?=
 OLLAMA ?=
 MODEL ?=
 EXAMPLE ?=
+DOCS ?= build/docs
 export OLLAMA MODEL EXAMPLE
 
 bin := $(VENV)/bin
@@ -103,8 +104,8 @@ slurm/run.sbatch: $(sources) $(bin)/.installed ## render the generic batch scrip
 	$(bin)/python -m aiflux.slurm.script > $@.new
 	mv $@.new $@
 
-docs: $(bin)/.installed-dev ## build the website and the man pages in build/docs
-	$(bin)/python docs/site.py build/docs
+docs: $(bin)/.installed-dev ## build the website and the man pages in build/docs (DOCS=)
+	$(bin)/python docs/site.py '$(DOCS)'
 
 release: $(bin)/.installed-dev ## check that this commit can be released, build it in dist and create its tag
 	$(bin)/python .ci/release.py --check

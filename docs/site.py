@@ -2,11 +2,15 @@
 
 The pages keep their places in the repository, so the links between them work as they are. Files
 that they link to, such as source files, are copied next to them. Any broken link is an error.
+
+Each version has a folder of its own in ``FOLDER/site``; those that are there already stay, and the
+pages of all versions lead to each other.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -57,12 +61,13 @@ def _linked(text: str, folder: Path, pages: Path) -> str:
     return _LINK.sub(link, text)
 
 
-def build_site(target: Path) -> None:
-    """Build the website.
+def build_site(target: Path) -> Path:
+    """Build the website of this version in a directory for all versions, and return its own.
 
     Raises:
         CalledProcessError: MkDocs found an error, or warned of something.
     """
+    own = target / __version__
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         collect(work / "pages")
@@ -70,9 +75,21 @@ def build_site(target: Path) -> None:
         command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
         # Material for MkDocs is maintained until May 2027 and advertises its successor.
         environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-        subprocess.run(
-            [*command, "--site-dir", target.absolute()], cwd=work, env=environ, check=True
-        )
+        subprocess.run([*command, "--site-dir", own.absolute()], cwd=work, env=environ, check=True)
+    _list_versions(target)
+    return own
+
+
+def _list_versions(target: Path) -> None:
+    """List the versions for the menu of each page, and lead the directory to the newest."""
+    names = [path.parent.name for path in target.glob("*/index.html")]
+    names.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)], reverse=True)
+    listed = [{"version": name, "title": name, "aliases": []} for name in names]
+    (target / "versions.json").write_text(json.dumps(listed), encoding="utf-8")
+    (target / "index.html").write_text(
+        f'<!doctype html><meta http-equiv="refresh" content="0; url={names[0]}/index.html">\n',
+        encoding="utf-8",
+    )
 
 
 def build_man(target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,14 +11,17 @@ from pathlib import Path
 import pytest
 from docs import site
 
+from aiflux import __version__
 from tests.unit.command_line import commands
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
-    site.build_site(folder)
-    return folder
+    for name in ("0.9.0", "0.10.0"):
+        (folder / name).mkdir()
+        (folder / name / "index.html").write_text("earlier", encoding="utf-8")
+    return site.build_site(folder)
 
 
 def test_every_page_is_on_the_website_and_can_be_searched(built: Path) -> None:
@@ -31,6 +35,16 @@ def test_every_page_is_on_the_website_and_can_be_searched(built: Path) -> None:
     assert "Rscript analyse.R" in (built / "search" / "search_index.json").read_text(
         encoding="utf-8"
     )
+
+
+def test_each_version_has_its_folder_and_lists_the_others(built: Path) -> None:
+    assert built.name == __version__
+    listed = json.loads((built.parent / "versions.json").read_text(encoding="utf-8"))
+    assert [entry["version"] for entry in listed] == [__version__, "0.10.0", "0.9.0"]
+    first = (built.parent / "index.html").read_text(encoding="utf-8")
+    assert f"url={__version__}/index.html" in first
+    assert '"version": {"provider": "mike"}' in (built / "index.html").read_text(encoding="utf-8")
+    assert (built.parent / "0.9.0" / "index.html").read_text(encoding="utf-8") == "earlier"
 
 
 def test_a_broken_link_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from aiflux import __version__
 from aiflux.bundle.writer import PYTHONS
@@ -17,10 +21,17 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.engine_command import filled_words
 from aiflux.slurm.script import JobScript, render
 from aiflux.slurm.submit import plan_job
-from tests.unit.helpers import write_input
+from tests.unit.command_line import parse
+from tests.unit.helpers import write_input, write_program
 
 SITES = Path(__file__).parents[3] / "slurm" / "sites"
 RECIPES = SITES / "modules"
+RENDERED = """
+typed = JSON.parse($stdin.read)
+template = ERB.new(File.read(ARGV[0]), trim_mode: "-")
+puts template.result_with_hash(typed.transform_keys(&:to_sym).merge(context: OpenStruct.new(typed)))
+"""
+"""A Ruby program that fills in a template as Open OnDemand does, with the fields as JSON."""
 COMMON = [
     "--output=/o/logs/slurm-%j.out",
     "--open-mode=append",
@@ -159,6 +170,36 @@ def test_the_recipe_for_spack_agrees_with_the_package() -> None:
     assert f"\n{recipe.parent.name} = " in project.partition("[project.scripts]")[2]
     assert made.name == recipe.parent.name.capitalize()
     assert f"/aiflux-{__version__}.tar" in ast.unparse(made)
+
+
+@pytest.mark.skipif(shutil.which("ruby") is None, reason="the templates are Ruby's")
+def test_the_form_of_open_ondemand_runs_what_was_typed(tmp_path: Path) -> None:
+    form = SITES / "ondemand-form"
+    asked = yaml.safe_load((form / "form.yml").read_text(encoding="utf-8"))["form"]
+    typed = dict.fromkeys(asked, "3") | {
+        "input_file": "/a b/$(touch x)'`\".jsonl",
+        "output_file": " /o ü.json ",
+        "model": "m:1; exit",
+    }
+    script, submit = [
+        subprocess.run(
+            ["ruby", "-rjson", "-rerb", "-rostruct", "-e", RENDERED, form / name],
+            input=json.dumps(typed), capture_output=True, text=True, check=True,
+        ).stdout
+        for name in ("template/script.sh.erb", "submit.yml.erb")
+    ]  # fmt: skip
+    job = yaml.safe_load(submit)
+    assert job["batch_connect"] == {"template": "basic", "timeout": 3 * 3600 - 120}
+    assert "--gpus-per-node=3" in job["script"]["native"]
+    write_program(tmp_path / "aiflux", f'#!/bin/sh\nprintf "%s\\n" "$@" >{tmp_path}/typed\n')
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", script], env=environ, cwd=tmp_path, check=True)
+    words = (tmp_path / "typed").read_text(encoding="utf-8").splitlines()
+    names = ("input_file", "output_file", "model")
+    assert words[:2] == ["run", "--local"]
+    assert words[3::2] == [typed[name].strip() for name in names]
+    assert parse(words).params["model"] == "m:1; exit"
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_page_about_the_installation_names_this_version_only() -> None:

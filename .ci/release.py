@@ -74,10 +74,10 @@ def check_contents(sdist: Path, wheel: Path, version: str) -> None:
     with zipfile.ZipFile(wheel) as file:
         inside = {PACKAGE + name for name in file.namelist() if ".dist-info/" not in name}
     with tarfile.open(sdist) as file:
-        names = {name.partition("/")[2] for name in file.getnames()}
-    others = {"README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "pyproject.toml", "PKG-INFO"}
+        names = {name.partition("/")[2] for name in file.getnames()} - {"PKG-INFO", ".gitignore"}
+    others = {"README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "pyproject.toml"}
     for path, differs in ((wheel, inside ^ tracked), (sdist, names ^ tracked ^ others)):
-        if differs - {".gitignore"}:
+        if differs:
             sys.exit(f"error: {path} has other files than the repository: {sorted(differs)}")
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)

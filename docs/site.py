@@ -82,7 +82,7 @@ def build_site(target: Path) -> Path:
 
 def _list_versions(target: Path) -> None:
     """List the versions for the menu of each page, and lead the directory to the newest."""
-    names = [path.parent.name for path in target.glob("*/index.html")]
+    names = [path.parent.name for path in target.glob("[0-9]*/index.html")]
     names.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)], reverse=True)
     listed = [{"version": name, "title": name, "aliases": []} for name in names]
     (target / "versions.json").write_text(json.dumps(listed), encoding="utf-8")

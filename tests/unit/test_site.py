@@ -18,7 +18,7 @@ from tests.unit.command_line import commands
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("0.9.0", "0.10.0"):
+    for name in ("0.9.0", "0.10.0", "assets"):
         (folder / name).mkdir()
         (folder / name / "index.html").write_text("earlier", encoding="utf-8")
     return site.build_site(folder)

@@ -23,7 +23,7 @@ export OLLAMA MODEL EXAMPLE
 bin := $(VENV)/bin
 sources := $(shell find aiflux_app -name '*.py' -o -name '*.sh' 2>/dev/null)
 shell_files := $(shell git ls-files -- '*.sh' tests/stack entrypoint .ci examples slurm 2>/dev/null | \
-	xargs -r grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+	grep -v '\.erb$$' | xargs -r grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
 
 # The tests misspell words on purpose.
 spelled := $(shell git ls-files -- '*.md' aiflux_app container entrypoint examples slurm bench docs 2>/dev/null | \

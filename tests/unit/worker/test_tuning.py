@@ -52,13 +52,13 @@ class Simulation:
         self.worth = worth
         self.wanted: int | None = None
         self.starts: list[int] = [slots]
-        self.said: list[str] = []
+        self.printed: list[str] = []
         self.answers = 0
         self.tuner = Tuner(
             tuning or Tuning("m"),
             restart=self._restart,
             keep=lambda _: None,
-            say=self.said.append,
+            say=self.printed.append,
             clock=lambda: self.now,
         )
 
@@ -198,9 +198,9 @@ def test_a_run_tunes_itself_with_its_own_requests(tuned: Callable[..., Working])
     first = tried[0][0]  # it depends on the cores of this machine
     assert (2 * first, in_flight(2 * first)) in tried
     assert found["slots"] >= 2 * first
-    said = "\n".join(working.reporter.messages)
-    assert f"--slots {found['slots']} --concurrency {found['concurrency']}" in said
-    assert "is down" not in said
+    printed = "\n".join(working.reporter.messages)
+    assert f"--slots {found['slots']} --concurrency {found['concurrency']}" in printed
+    assert "is down" not in printed
     again = tuned()
     again.stop_soon(results=20)
     assert again.run() is ExitCode.STOPPED

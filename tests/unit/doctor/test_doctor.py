@@ -160,8 +160,10 @@ def test_singularity_ce_is_checked_as_itself(
     for name in ("bash", "basename", "dirname", "mkdir", "env"):
         (commands.folder / name).symlink_to(f"/usr/bin/{name}")
     commands.say("fakeroot")
-    said = APPTAINER.replace("apptainer version", "singularity-ce version")
-    commands.add("singularity", said.format(version="4.5.1", libexec=tmp_path / "libexec", seals=0))
+    shell = APPTAINER.replace("apptainer version", "singularity-ce version")
+    commands.add(
+        "singularity", shell.format(version="4.5.1", libexec=tmp_path / "libexec", seals=0)
+    )
     image = make_sif(tmp_path / "a.sif", version="1")
     monkeypatch.setenv("PATH", str(commands.folder))  # without Apptainer
     found = by_name([*containers(config(tmp_path, AIFLUX_IMAGE=str(image)), tmp_path)])

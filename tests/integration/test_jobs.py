@@ -381,6 +381,30 @@ def test_no_slurm_and_no_image_are_exit_2_with_the_remedy(
     assert not (place / "in.results.json").exists()
 
 
+def test_a_site_whose_runtime_is_named_singularity(
+    user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
+) -> None:
+    """Jobs use the name and variables of SingularityCE, which Apptainer accepts too."""
+    programs = user.folder("without apptainer")
+    for program in (*Path("/usr/bin").iterdir(), *Path("/usr/sbin").iterdir()):
+        if program.name != "apptainer" and not (programs / program.name).is_symlink():
+            (programs / program.name).symlink_to(program)
+    env = {**job_env, "PATH": str(programs)}
+    assert user.run("sh", "-c", "command -v apptainer", env=env, code=None) == ""
+    printed = user.run(aiflux, "doctor", "--json", cwd=place, env=env, code=None)
+    found = {line["name"]: line["level"] for line in json.loads(printed)}
+    assert found["singularity"] == found["sealing"] == "ok"
+    user.write(place / "in.jsonl", lines(FRANCE))
+    run = [aiflux, "run", "--input", "in.jsonl", "--model", MODEL, "--output"]
+    user.run(*run, "here.json", "--local", cwd=place, env=env)
+    job = submitted(user.run(*run, "job.json", "--mem", "2G", cwd=place, env=env))
+    assert cluster.end(job).code == 0, cluster.log(job, place)
+    for output in (place / "here.json", place / "job.json"):
+        assert "Paris" in answers(output)["france"]
+        (status,) = output.with_name(f"{output.name}.aiflux").glob("status/shard-0000.json")
+        assert json.loads(status.read_text(encoding="utf-8"))["aiflux"]["sealed"] is True
+
+
 def test_local_runs_in_the_image_and_a_url_without_one(
     user: User, aiflux: Path, image: Path, place: Path, job_env: dict[str, str], ollama: Path
 ) -> None:

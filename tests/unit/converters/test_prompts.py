@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -196,7 +197,8 @@ def test_rows_for_which_a_template_fails(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=template)
     assert "3 of 3 rows" in error.value.message
-    assert "line 3: the template 't.j2', line 2: integer division or modulo" in refused(error)
+    # Before Python 3.14, "integer division or modulo by zero".
+    assert re.search("line 3: the template 't.j2', line 2: .*division .*by zero", refused(error))
     template = write(tmp_path / "t.j2", "{{ text }}{{ 6 // (n | int(1)) }}")
     with pytest.raises(InputError, match="1 of 3 rows"):
         csv_to_jsonl(source, tmp_path / "o.jsonl", template=template)
@@ -280,7 +282,7 @@ def test_a_template_that_fails_for_a_file_leaves_none_of_its_chunks(tmp_path: Pa
         tmp_path / "d", tmp_path / "o.jsonl", template=template, chunk_tokens=40, skip_bad=True
     )
     assert (summary.rows, summary.requests, summary.skipped) == (2, 1, 1)
-    assert "a.txt: the template 't.j2': integer division" in str(summary.examples[0])
+    assert re.search("a.txt: the template 't.j2': .*division .*by zero", str(summary.examples[0]))
 
 
 def test_images_have_templates_but_no_examples(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 
 import click
@@ -46,6 +47,8 @@ def examples(folder: str) -> int:
     Existing files are not overwritten.
     """
     directory = absolute(folder)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        directory.stat()  # raises if the path is out of reach; since Python 3.14, exists() does not
     existing = [name for name in NAMES if (directory / name).exists()]
     if existing:
         raise ConfigError(

@@ -119,7 +119,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
             return each
     # By similarity alone, ``--modle`` would be ``--modules``.
     near = difflib.get_close_matches(name, names, n=_NEAR, cutoff=cutoff)
-    return min(near, key=lambda each: _typos(name, each), default=None)
+    # With as many typos, the same letters are likelier: ``--tuen`` is ``--tune``, not ``--turn``.
+    return min(
+        near, key=lambda each: (_typos(name, each), sorted(each) != sorted(name)), default=None
+    )
 
 
 def _typos(name: str, meant: str) -> int:

@@ -111,7 +111,7 @@ def estimate(
     source = the_input(input_argument, input_option)
     path = Path(source)
     if path.suffix.lower() in STEPS_SUFFIXES:
-        from aiflux.cli.commands.chain import estimate_chain  # which loads the readers of tables
+        from aiflux.cli.chain_estimate import estimate_chain  # which loads the readers of tables
 
         return estimate_chain(source, output, more)
     given = given_engines("estimate", given_settings(more))

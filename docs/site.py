@@ -31,6 +31,7 @@ PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md"),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
+_ITEM = re.compile(r" *(?:[-*]|\d+\.) +(?=\S)")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^()\s]+)\)")
 
 
@@ -40,7 +41,8 @@ def collect(pages: Path) -> None:
         source, target = ROOT / name, pages / name
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text(encoding="utf-8")
-        target.write_text(_linked(text, source.parent, pages), encoding="utf-8")
+        text = _indented(_linked(text, source.parent, pages))
+        target.write_text(text, encoding="utf-8")
 
 
 def _linked(text: str, folder: Path, pages: Path) -> str:
@@ -59,6 +61,27 @@ def _linked(text: str, folder: Path, pages: Path) -> str:
         return match[0]
 
     return _LINK.sub(link, text)
+
+
+def _indented(text: str) -> str:
+    """Indent what belongs to an item of a list by 4 spaces for each level.
+
+    Python-Markdown needs that; elsewhere, it is enough to indent it as far as the item's text.
+    """
+    starts: list[int] = []
+    fenced = False
+    lines = []
+    for line in text.split("\n"):
+        indent = len(line) - len(line.lstrip(" "))
+        if line and not fenced:
+            starts = [start for start in starts if start <= indent]
+        own = starts[-1] if starts else 0
+        lines.append(" " * (4 * len(starts)) + line[own:] if line[:own].isspace() else line)
+        fenced ^= line.lstrip().startswith("```")
+        item = None if fenced else _ITEM.match(line)
+        if item is not None:
+            starts.append(len(item[0]))
+    return "\n".join(lines)
 
 
 def build_site(target: Path) -> Path:

@@ -37,6 +37,15 @@ def test_every_page_is_on_the_website_and_can_be_searched(built: Path) -> None:
     )
 
 
+def test_steps_are_one_list_with_their_commands(built: Path) -> None:
+    page = (built / "index.html").read_text(encoding="utf-8")
+    (steps,) = re.findall(r"<ol>(.*?)</ol>", page, re.DOTALL)
+    assert steps.count("<li>") == 6
+    assert steps.count("<code>") > 6
+    page = (built / "docs" / "models.html").read_text(encoding="utf-8")
+    assert re.search(r"<li>(?:(?!</li>).)*<ul>", page, re.DOTALL)
+
+
 def test_each_version_has_its_folder_and_lists_the_others(built: Path) -> None:
     assert built.name == __version__
     listed = json.loads((built.parent / "versions.json").read_text(encoding="utf-8"))

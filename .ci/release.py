@@ -15,11 +15,13 @@ import tempfile
 import venv
 import zipfile
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 PACKAGE = "aiflux_app/"
+NO_HOMEPAGE = "(none yet)"
 
 
 def text(name: str) -> str:
@@ -27,7 +29,10 @@ def text(name: str) -> str:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode and arguments[0] != "grep":  # which ends with 1 if it finds nothing
+        sys.exit(done.returncode)
     return done.stdout
 
 
@@ -41,6 +46,15 @@ def section(version: str) -> str:
     return found(rf"^(## {re.escape(version)} - [\s\S]*?)(?=^## |\Z)", "CHANGELOG.md")
 
 
+def dated(notes: str) -> bool:
+    """Return whether a section of the changelog begins with its date and with release notes."""
+    match = re.match(r"## \S+ - (\d{4}-\d\d-\d\d)\n+\w", notes)
+    try:
+        return match is not None and bool(date.fromisoformat(match[1]))
+    except ValueError:
+        return False
+
+
 def problems(version: str) -> Iterator[str]:
     if git("status", "--porcelain"):
         yield "there are uncommitted changes -> commit or remove them"
@@ -49,13 +63,15 @@ def problems(version: str) -> Iterator[str]:
     newest = found(r"^## (?!Unreleased)(\S+)", "CHANGELOG.md")
     if newest != version:
         yield f"the version is {version}, and the newest in CHANGELOG.md {newest or 'missing'}"
-    elif not re.match(r"## \S+ - \d{4}-\d\d-\d\d\n+\w", section(version)):
+    elif not dated(section(version)):
         yield f"{version} in CHANGELOG.md has no date (YYYY-MM-DD) or no release notes"
     tag = git("tag", "--list", f"v{version}").strip()
     if tag and git("rev-list", "-1", tag) != git("rev-list", "-1", "HEAD"):
         yield f"{tag} is the tag of another commit -> set a new version"
-    if not found(r"^maintainers = \[\s*(\{)", "pyproject.toml"):
+    if not found(r"^maintainers = \[\s*\{[^}]*(email) = \"[^\"]+@", "pyproject.toml"):
         yield 'pyproject.toml names no maintainer -> maintainers = [{name = "...", email = "..."}]'
+    for name in git("grep", "-lF", NO_HOMEPAGE, "--", "slurm").splitlines():
+        yield f"{name} has no homepage -> replace {NO_HOMEPAGE}"
 
 
 def build() -> tuple[Path, Path]:

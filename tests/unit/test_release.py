@@ -20,7 +20,11 @@ def checkout(tmp_path: Path) -> Path:
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "pyproject.toml").write_text('maintainers = [{name = "Ann"}]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        'maintainers = [{name = "Ann", email = "ann@example.org"}]\n'
+    )
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "package.py").write_text('homepage = "https://example.org"\n')
     changes = f"# Changelog\n\n## Unreleased\n\n## {__version__} - 2026-11-28\n\nNotes.\n"
     (tmp_path / "CHANGELOG.md").write_text(changes)
     git(tmp_path, "init", "--quiet")
@@ -54,9 +58,16 @@ def test_a_commit_that_is_ready_passes(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "problem"),
     [
-        ("pyproject.toml", '{name = "Ann"}', "", "names no maintainer"),
+        ("pyproject.toml", '{name = "Ann", email = "ann@example.org"}', "{}", "no maintainer"),
+        (
+            "slurm/package.py",
+            "https://example.org",
+            "(none yet)",
+            "slurm/package.py has no homepage",
+        ),
         ("CHANGELOG.md", "Unreleased\n", "Unreleased\n\n### Fixed\n", "changes under Unreleased"),
         ("CHANGELOG.md", " - 2026-11-28", "", "has no date"),
+        ("CHANGELOG.md", " - 2026-11-28", " - 2026-99-99", "has no date"),
         ("CHANGELOG.md", "Notes.", "### Added", "or no release notes"),
         ("CHANGELOG.md", f"## {__version__}", "## 0.0.1", "the newest in CHANGELOG.md 0.0.1"),
     ],

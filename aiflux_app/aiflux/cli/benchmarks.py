@@ -222,7 +222,7 @@ class Measuring:
         tracks(self.sweep)
         made = not folder.exists()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(error, folder) from error
         try:

@@ -85,6 +85,7 @@ def test_a_list_of_numbers_in_flight() -> None:
     assert points[8]["p50"] > 2 * points[2]["p50"]
     kept = json.loads((FOLDER / "benchmark.json").read_text())
     assert [point["concurrency"] for point in kept["points"]] == [1, 2, 8]
+    assert FOLDER.stat().st_mode & 0o777 == 0o700, "it has prompts and answers"
 
 
 @pytest.mark.parametrize("left", [0, 0.5, -5, None])

@@ -41,9 +41,9 @@ _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With several processes (``-n``), run the tests of a group in the same one."""
-    if config.getoption("dist", "no") != "no":
-        config.option.dist = "loadgroup"
+    """Refuse several processes (``-n``) that do not keep the tests of a group together."""
+    if config.getoption("dist", "no") not in ("no", "loadgroup"):
+        raise pytest.UsageError("tests of the cluster share its jobs: add --dist loadgroup")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -48,7 +48,7 @@ from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import parse_model_name
 from aiflux.util.files import atomic_write, temporary_folder
 
-PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("x86_64", "aarch64")
 _PLATFORMS = ("manylinux2014", "manylinux_2_28")
 _REMEDY = (

@@ -765,6 +765,73 @@ def test_another_choice_of_the_best_needs_no_answers(place: Path, engine: Faulty
     assert engine.seen.total() == before
 
 
+CHOSEN = """
+draft:
+  template: "body:{body}"
+  samples: 3
+  best: draft|length
+fin:
+  template: "answer:{draft}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "fin"),
+    [
+        (CHOSEN.replace("draft|length", "-(draft|length)"), "best was 'draft|length'", "a"),
+        (CHOSEN.replace("best: draft|length", "majority: draft|first"), "best was", "a"),
+    ],
+)
+def test_another_choice_of_a_sample_before_other_steps_is_refused_and_forced(
+    engine: FaultyEngine,
+    capsys: pytest.CaptureFixture[str],
+    changed: str,
+    expected: str,
+    fin: str,
+) -> None:
+    write_drafts(("a", "bbb", "ab"), ("ddd", "ddd", "ddd"))
+    steps(CHOSEN, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    table = lines_of()
+    assert [line["fin"] for line in table] == ["bbb", "ddd"]
+    before = engine.seen.total()
+    steps(changed, "in.jsonl", "out.jsonl")
+    capsys.readouterr()
+    assert chain(engine) == 2
+    error = capsys.readouterr().err
+    assert f"step draft changed since it was begun: {expected}" in error
+    assert "run the steps after it again: --force" in error
+    assert lines_of() == table
+    assert engine.seen.total() == before
+    assert chain(engine, "--force") == 0
+    assert [line["fin"] for line in lines_of()] == [fin, "ddd"]
+    assert engine.seen.total() == before + 1, "only what changed is asked again"
+
+
+def test_another_choice_among_compared_samples_is_refused_and_forced(
+    engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_drafts(("a", "bbb", "cc"))
+    after = 'fin:\n  template: "answer:{draft}"\n'
+    compare(LONGEST, after)
+    assert chain(engine) == 0
+    compare(LONGEST, after, COMPARE.replace("best: judge.best", "best: judge.best - 1"))
+    assert chain(engine) == 2
+    assert "step judge changed since it was begun: best was" in capsys.readouterr().err
+    assert chain(engine, "--force") == 0
+    assert [(line["draft"], line["fin"]) for line in lines_of()] == [("a", "a")]
+
+
+def test_a_choice_can_change_before_the_later_steps_begin(engine: FaultyEngine) -> None:
+    write_drafts(("a", "bbb", "cc"))
+    first, _, _ = CHOSEN.partition("fin:")
+    steps(first, "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    steps(CHOSEN.replace("draft|length", "-(draft|length)"), "in.jsonl", "out.jsonl")
+    assert chain(engine) == 0
+    assert [line["fin"] for line in lines_of()] == ["a"]
+
+
 def test_a_step_that_was_removed_and_comes_back_changed_is_refused(
     place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -339,12 +339,13 @@ class ChainRuns:
             self._refuse_removed(active)
             self._remove_discarded()
             steps = []
-            for step, given in zip(self.chain.steps, answering, strict=True):
+            for at, (step, given) in enumerate(zip(self.chain.steps, answering, strict=True)):
                 best, majority = step.chosen_by
                 now = StepRecord(step.name, _plain(step.asked), _plain(given), best, majority)
                 before = known.pop(step.name, None)
                 if before is not None:
-                    now = self._compared(before, now, force=force, active=step.name in active)
+                    after = [each.name for each in self.chain.steps[at + 1 :]]
+                    now = self._compared(before, now, after, force=force, active=active)
                 steps.append(now)
             chain = self.chain
             record = ChainRecord(
@@ -369,24 +370,54 @@ class ChainRuns:
             self._write(record)
 
     def _compared(
-        self, before: StepRecord, now: StepRecord, *, force: bool, active: bool
+        self,
+        before: StepRecord,
+        now: StepRecord,
+        after: Sequence[str],
+        *,
+        force: bool,
+        active: Collection[str],
     ) -> StepRecord:
-        """Return the record of a step that has one; discard answers that depend on what changed."""
+        """Return the record of a step that has one; discard answers that depend on what changed.
+
+        Args:
+            after: the steps after it, which ask about the samples that it chooses.
+        """
         change = _change(before, now)
-        if change is None:
-            return replace(before, best=now.best, majority=now.majority)
-        if active or self.folder.begun(now.name):
-            if active or not force:
-                remedy = "run it and the steps after it again: --force"
-                if active:
-                    remedy = f"stop it first: aiflux cancel {quote(str(self.folder.output))}"
-                raise RunConflictError(
-                    f"step {now.name} changed since it was begun: {change}",
-                    f"undo the change, or {remedy}; or name another output",
-                )
-            if before.answering != now.answering:
+        if change is not None:
+            self._refuse_change(now.name, [now.name], change, force=force, active=active)
+            if before.answering != now.answering and self.folder.begun(now.name):
                 self._discard(now.name)
-        return now
+            return now
+        choice = _choice_change(before, now)
+        if choice is not None:
+            self._refuse_change(now.name, after, choice, force=force, active=active)
+        return replace(before, best=now.best, majority=now.majority)
+
+    def _refuse_change(
+        self,
+        step: str,
+        asking: Sequence[str],
+        change: str,
+        *,
+        force: bool,
+        active: Collection[str],
+    ) -> None:
+        """Refuse a change of a step if steps that depend on it have begun.
+
+        Raises:
+            RunConflictError: one has, and the change is not forced; or something works on one.
+        """
+        busy = any(name in active for name in asking)
+        if busy or (not force and any(map(self.folder.begun, asking))):
+            again = "it and the steps after it" if step in asking else "the steps after it"
+            remedy = f"run {again} again: --force"
+            if busy:
+                remedy = f"stop it first: aiflux cancel {quote(str(self.folder.output))}"
+            raise RunConflictError(
+                f"step {step} changed since it was begun: {change}",
+                f"undo the change, or {remedy}; or name another output",
+            )
 
     def _refuse_removed(self, active: Collection[str]) -> None:
         here = {step.name for step in self.chain.steps}
@@ -429,11 +460,13 @@ class ChainRuns:
         ]
 
     def _state(self, count: int) -> tuple[int, ...]:
-        """Return a digest of the source, and sizes and times of the first steps' results."""
+        """Return a digest of the source and the first steps, and their results' sizes and times."""
         chain = self.chain
         read = [str(chain.source), chain.kind, dict(chain.reader), chain.skip_bad]
         files = [(str(path), *size_and_time(path)) for path in _files(chain.source)]
-        state = [count, crc32(json.dumps([read, files], sort_keys=True).encode())]
+        # What a later step sees of the same answers: the samples that are left, texts or lists.
+        steps = [[step.name, step.asked, step.chosen_by] for step in chain.steps[:count]]
+        state = [count, crc32(json.dumps([read, files, steps], sort_keys=True).encode())]
         for path in self._results(count):
             state += (0, 0) if path is None else size_and_time(path)
         return tuple(state)
@@ -627,6 +660,17 @@ def _change(before: StepRecord, now: StepRecord) -> str | None:
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
                 return changed_text(name, old.get(name), new.get(name))
+    return None
+
+
+def _choice_change(before: StepRecord, now: StepRecord) -> str | None:
+    """Return how the choice of a sample changed, in words."""
+    for name, old, new in (
+        ("best", before.best, now.best),
+        ("majority", before.majority, now.majority),
+    ):
+        if old != new:
+            return changed_text(name, old, new)
     return None
 
 

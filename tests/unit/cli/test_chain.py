@@ -240,9 +240,12 @@ merged:
   compare: draft
   template: "answer:{draft} {draft.1} {judge.0.score} {judge}"
   samples: 1
+last:
+  template: "answer:{draft.0} {judge.1.score}"
 """
     compare("", part=part)
     assert chain(engine) == 0
+    assert lines_of()[0]["last"] == "1 3"
     assert lines_of()[0]["merged"] == '["1", "3"] 3 1 [{"score": 1}, {"score": 3}]'
     assert lines_of()[0]["draft"] == ["1", "3"]
     assert lines_of()[0]["judge.score"] == [1, 3]

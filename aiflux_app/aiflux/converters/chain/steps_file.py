@@ -477,7 +477,7 @@ def _refuse_one_sample(step: Step, single: Sequence[Step]) -> None:
             )
 
 
-LISTED: Sequence[str] = ()
+LISTED: Sequence[str] = []  # compared by identity: a text has no fields either
 """The fields of an answer that a step sees as a list of those of all samples."""
 
 
@@ -499,10 +499,10 @@ def _refuse_unknown(
     for name in names:
         outer, dot, inner = name.partition(".")
         fields = known.get(outer)
-        if fields is not None and outer in step.compare and inner.split(".")[0].isdecimal():
+        if fields is LISTED and inner.split(".")[0].isdecimal():
             continue
         if name not in known and dot and fields is not None and inner.split(".")[0] not in fields:
-            without = "it is a list of all samples" if outer in step.compare else "it has no schema"
+            without = "it is a list of all samples" if fields is LISTED else "it has no schema"
             listed = ", ".join(fields) or f"none, because {without}"
             raise InputError(
                 f"{step.place}: the {key} names {name!r}, but the step {outer!r} has no such field",

@@ -196,6 +196,11 @@ def _step_estimate(
 
 def _row_of(name: str, rows: Container[str]) -> str:
     """Return the row of a sample: the name of the third sample of ``row-1`` is ``row-1.3``."""
-    while name not in rows:
-        name = name.rpartition(".")[0]
-    return name
+    row = name
+    while row and row not in rows:
+        row = row.rpartition(".")[0]
+    if not row:
+        raise StoppedError(
+            f"the pilot has a request {name!r} of no row of its sample", "run it again: --force"
+        )
+    return row

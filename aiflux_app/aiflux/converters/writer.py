@@ -351,7 +351,7 @@ class _Tally:
         job, unit = self.job, self.job.unit
         nothing = "; nothing was written"
         if self.alike and self.skips == self.rows > _PLACES:
-            raise InputError(
+            raise NoRequestsError(
                 f"all {self.rows} {plural(unit)} of {str(job.source)!r} are invalid for the same "
                 f"reason{nothing}",
                 "correct the template or option that causes it, or else the input; --skip-bad "
@@ -369,7 +369,7 @@ class _Tally:
             )
         if not self.requests:
             found = f"no {unit}" if not self.rows else f"no valid {unit}"
-            raise InputError(
+            raise NoRequestsError(
                 f"{str(job.source)!r} contains {found}{nothing}",
                 job.nothing() if not self.rows else "see the reasons above",
                 listed(self.skipped, self.skips),
@@ -428,6 +428,10 @@ def every(items: Iterator[Any], step: int, report: Callable[[], None]) -> Iterat
             report()
     if number % step:
         report()
+
+
+class NoRequestsError(InputError):
+    """No row of a source that was read to its end can become a request."""
 
 
 @contextmanager

@@ -461,6 +461,32 @@ last:
     assert chain(engine, "--max-failures", "2") == 0
 
 
+@pytest.mark.parametrize("rows", [1, 12])
+def test_a_step_that_no_answer_is_usable_for_asks_nothing(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    (place / "in.csv").write_text("name\n" + "scope\n" * rows)
+    steps(
+        """
+judge:
+  template: 'answer:{{"{name}": 7}}'
+  schema: score.json
+after:
+  template: "answer:{judge.score}"
+last:
+  template: "answer:{after}"
+"""
+    )
+    assert chain(engine) == 3
+    assert [row["error"][:38] for row in rows_of("out.csv")] == [
+        "after: no request could be made from t"
+    ] * rows
+    assert "step after: " in capsys.readouterr().err
+    assert chain(engine, "--max-failures", "100%") == 0
+    assert engine.seen.total() == rows
+    assert main(["estimate", *words(engine)[1:]]) == 0
+
+
 def test_entries_without_a_field_of_the_template_are_refused_or_skipped(
     place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from aiflux.converters.table import (
     digests,
     requests_of_table,
 )
-from aiflux.converters.writer import Progress, Skipped, Summary
+from aiflux.converters.writer import NoRequestsError, Progress, Skipped, Summary
 from aiflux.core.batch.results_file import Result, choice_texts
 from aiflux.errors import InputError, RunConflictError, TooManyFailuresError
 
@@ -435,14 +435,15 @@ def make_requests(
     with ExitStack() as stack:
         table = StepTable(step, ChainRows(chain, results, stack), counts)
         options = TableOptions(prompt, skip_bad=chain.skip_bad or not first)
-        try:
-            with _remedied():
+        with _remedied():
+            try:
                 summary = requests_of_table(table, target, form, options, None)
-        except InputError:
-            if counts.asked or (first and not counts.samples):
-                raise
-            target.write_bytes(b"")
-            return counts, None
+            except NoRequestsError:
+                # Of a later step, all rows can end without a usable answer, as some can.
+                if first and (counts.asked or not counts.samples):
+                    raise
+                target.write_bytes(b"")
+                return counts, None
         table.refuse_later_filters()
     return counts, summary
 

@@ -119,7 +119,7 @@ class EngineSupervisor:
 
     def _falls_back(self, error: EngineError) -> bool:
         """Return to the slots of before a change with which the engine does not start."""
-        if self._fallback is None or self._closing:
+        if self._fallback is None:
             return False
         slots, self._fallback = self._fallback, None
         self._say(f"{self._about(error.message)}; it gets {counted(slots, 'slot')} again")
@@ -147,6 +147,8 @@ class EngineSupervisor:
             try:
                 self.engine.start()
             except EngineError as error:
+                if self._fallback is not None and self._ends():
+                    return  # that it did not start does not count against its slots
                 if self._falls_back(error):
                     continue
                 # The start of an external engine has waited as long as the user asked for.
@@ -163,11 +165,7 @@ class EngineSupervisor:
             self._scheduler.close_lane(self.lane)
             if self._changes_slots():
                 continue
-            if self._closing:
-                return
-            # A signal for the whole job ends the engine, and is handled here a moment later.
-            if self.engine.kind.managed and self._stops(_STOP_SECONDS):
-                self._scheduler.close_lane(self.lane, gone=True)
+            if self._ends():
                 return
             fruitless = 1 if self.lane.completed > completed >= 0 else fruitless + 1
             completed = self.lane.completed
@@ -178,6 +176,18 @@ class EngineSupervisor:
                 self._say(f"engine {self.engine.index} is down; restarting it ({fruitless})")
             else:
                 self._say(f"the engine at {self.engine.facts.url} is down; waiting for it")
+
+    def _ends(self) -> bool:
+        """Return whether the worker stops, so that an engine that is down is not started again.
+
+        A signal for the whole job ends the engine, and is handled here a moment later.
+        """
+        if self._closing:
+            return True
+        stops = self.engine.kind.managed and self._stops(_STOP_SECONDS)
+        if stops:
+            self._scheduler.close_lane(self.lane, gone=True)
+        return stops
 
     def _about(self, message: str) -> str:
         """Return why the engine is used no more."""

@@ -75,7 +75,7 @@ from aiflux.worker.progress import Reporter
 from aiflux.worker.scheduler import Lane, Limit, Scheduler, Source, by_prefix
 from aiflux.worker.stats import Ledger, Stats
 from aiflux.worker.stop import Stopper
-from aiflux.worker.tuning import Tuner
+from aiflux.worker.tuning import Start, Tuner
 from aiflux.worker.validation import Checking
 
 IMAGE_FACTS = Path("/opt/aiflux/image.json")
@@ -407,10 +407,16 @@ class _ShardWork:
         others = [each for each in details.tunings if each.model != tuning.model]
         details.tunings = (*others, tuning)
 
-    def spare_seconds(self) -> float:
-        """Return how long the rest takes, at most until the job ends; 0 if unknown."""
-        left = self.stats.remaining_seconds() or 0.0
-        return left if self.context.deadline is None else min(left, self.last_call - time.time())
+    def remaining_seconds(self, rate: float) -> float:
+        """Return how long the rest of the shard takes; 0 if unknown.
+
+        Args:
+            rate: requests per second, for the time before the first answer of this start.
+        """
+        known = self.stats.remaining_seconds()
+        if known is None and rate > 0:
+            return (self.shard.requests - self.stats.done) / rate
+        return known or 0.0
 
     def _gpu_watch(self) -> GpuWatch:
         own = engine_kind(self.plan.options).managed
@@ -570,16 +576,18 @@ class _ModelWork:
             say=self.context.reporter.say,
         )
 
-    def _restart(self, slots: int) -> bool:
+    def _restart(self, slots: int, rate: float) -> Start:
         """Start all engines again with other slots, if that takes little of the run's time."""
-        seconds = max(each.start_seconds for each in self.supervisors)
-        if seconds > _RESTART_SHARE * self.shard.spare_seconds():
-            return False
         if not all(each.engine.can_have(slots) for each in self.supervisors):
-            return False
+            return Start.IMPOSSIBLE
+        seconds = max(each.start_seconds for each in self.supervisors)
+        if seconds > _RESTART_SHARE * self.shard.remaining_seconds(rate):
+            return Start.TOO_LONG
+        if seconds > _RESTART_SHARE * (self.shard.last_call - time.time()):
+            return Start.LATER
         for each in self.supervisors:
             each.restart(slots)
-        return True
+        return Start.BEGUN
 
     def _check_lengths(self, engine: Engine) -> None:
         """Find prompts that are too long, before the first request, if planning could not.

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import Enum
 
 from aiflux.core.runs.status_file import EngineFacts, TunedPoint, Tuning
 from aiflux.engines.sizing import in_flight
@@ -33,6 +34,15 @@ _FEWEST = 48
 _TURNOVERS = 4
 _BRIEFEST = 1.0
 _SHORTEST = 1e-3
+
+
+class Start(Enum):
+    """Whether the engines start again with other slots; the value is the reason if they do not."""
+
+    BEGUN = ""
+    LATER = "too little of the job's time is left"
+    TOO_LONG = "it takes too much of the rest of the run"
+    IMPOSSIBLE = "not possible with this model or memory"
 
 
 def counts_of(slots: int) -> list[int]:
@@ -81,8 +91,8 @@ class Tuner:
 
     Args:
         tuning: what was found so far.
-        restart: starts all engines again with other slots; returns False if that is not possible,
-            or takes too long for the rest of the run.
+        restart: called with other slots, and the requests per second so far; starts all engines
+            again if that is worth it.
         keep: records what is found.
         say: called with a line of text.
         clock: monotonic seconds.
@@ -92,7 +102,7 @@ class Tuner:
         self,
         tuning: Tuning,
         *,
-        restart: Callable[[int], bool],
+        restart: Callable[[int, float], Start],
         keep: Callable[[Tuning], None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -199,8 +209,11 @@ class Tuner:
         slots, count = setting
         if slots == min(self._slots.values()):
             self._measure(count)
-        elif not self._start_again(slots):
-            self._choose(f"no start with {counted(slots, 'slot')}: not possible, or not worth it")
+            return
+        start = self._start_again(slots)
+        # Nothing is chosen because a job ends: the next one continues with what was measured.
+        if start not in (Start.BEGUN, Start.LATER):
+            self._choose(f"no start with {counted(slots, 'slot')}: {start.value}")
 
     def _measure(self, count: int) -> None:
         self.value = count
@@ -208,28 +221,38 @@ class Tuner:
         self._observations = []
         self._measuring = True
 
-    def _start_again(self, slots: int) -> bool:
+    def _start_again(self, slots: int) -> Start:
         now = self._slots
         self._slots, self._wanted = {}, slots
-        if self._restart(slots):
-            return True
-        self._slots, self._wanted = now, None
-        return False
+        rate = max((each.requests_per_second for each in self.tuning.tried), default=0.0)
+        start = self._restart(slots, rate)
+        if start is not Start.BEGUN:
+            self._slots, self._wanted = now, None
+        return start
 
     def _choose(self, note: str) -> None:
         """Use the best that was tried, or the default if too little was tried."""
         self._measuring = False
         now = min(self._slots.values())
         slots, count = self._default, in_flight(self._default)
-        # A difference of a few percent is no reason to have more requests wait.
-        best = knee(self._points, 1 / RISE) if len(self.tuning.tried) > 1 else None
-        if best is not None:
-            slots, count = best.series.slots or slots, best.concurrency
-        if slots != now and not self._start_again(slots):
-            slots = now
+        if len(self.tuning.tried) > 1:
+            slots, count = self._best(self._points) or (slots, count)
         self.value = count
+        if slots != now and self._start_again(slots) is not Start.BEGUN:
+            self.value = self._count_with(now)
         self._record(replace(self.tuning, slots=slots, concurrency=count, note=note))
         self._say(self.tuning.advice)
+
+    def _best(self, points: Sequence[Point]) -> tuple[int, int] | None:
+        """Return the best slots and requests in flight; None if no point was good."""
+        # A difference of a few percent is no reason to have more requests wait.
+        best = knee(points, 1 / RISE)
+        return None if best is None else (best.series.slots or self._default, best.concurrency)
+
+    def _count_with(self, slots: int) -> int:
+        """Return the requests in flight for engines that have other slots than the best."""
+        best = self._best([each for each in self._points if each.series.slots == slots])
+        return in_flight(slots) if best is None else best[1]
 
     @property
     def _points(self) -> list[Point]:

@@ -30,13 +30,18 @@ from tests.unit.working import Working
 
 
 class SlowEngine:
-    """An engine that needs a moment to start, and counts its starts."""
+    """An engine that needs a moment to start, and counts its starts.
+
+    Attributes:
+        most: slots with which it starts.
+    """
 
     index = 0
 
     def __init__(self, url: str, kind: EngineKind) -> None:
         self.kind = kind
-        self.facts = EngineFacts(url=url, log="engine.log")
+        self.facts = EngineFacts(url=url, log="engine.log", slots=2)
+        self.slots = self.most = 2
         self.client = Client(url, 5.0, connections=4)
         self.starts = 0
         self.starting = threading.Event()
@@ -45,6 +50,12 @@ class SlowEngine:
         self.starts += 1
         self.starting.set()
         time.sleep(0.2)
+        if self.slots > self.most:
+            raise EngineError("killed", "")
+        self.facts.slots = self.slots
+
+    def use_slots(self, count: int) -> None:
+        self.slots = count
 
     def stop(self) -> None:
         pass
@@ -119,6 +130,21 @@ def test_an_engine_that_a_stop_ends_is_not_started_again() -> None:
         until(lambda: supervisor.lane.gone, 5)
         assert engine.starts == 1
     assert printed == []
+
+
+def test_a_stop_that_ends_a_start_with_other_slots_does_not_count_against_them() -> None:
+    printed: list[str] = []
+    stopping = threading.Event()
+    with supervising("llamacpp", printed.append, stops=stopping.wait) as (supervisor, engine):
+        wait_for_generation(supervisor, 1)
+        engine.starting.clear()
+        supervisor.restart(4)
+        assert engine.starting.wait(5)
+        time.sleep(0.3)  # the engine has ended, and the worker has not had its signal yet
+        stopping.set()
+        until(lambda: supervisor.lane.gone, 5)
+        assert engine.starts == 2
+    assert printed == ["engine 0 starts again with 4 slots"]
 
 
 def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngine]) -> None:

@@ -20,8 +20,9 @@ from aiflux.core.runs.status_file import Tuning
 from aiflux.engines.base import SlotLimits
 from aiflux.engines.sizing import in_flight
 from aiflux.errors import ExitCode
-from aiflux.worker.tuning import LONGEST, Tuner
+from aiflux.worker.tuning import LONGEST, Start, Tuner
 from tests.tools import make_tiny_gguf
+from tests.tools.engine_contract import until
 from tests.unit.helpers import write_program
 from tests.unit.made_models import put_model
 from tests.unit.working import Working
@@ -35,6 +36,7 @@ class Simulation:
     Args:
         slots: what it starts with.
         most: slots with which it still starts.
+        refused: why the engine does not start again, once it has started so many times.
     """
 
     def __init__(
@@ -42,14 +44,14 @@ class Simulation:
         slots: int,
         capacity: float,
         most: int = 1024,
-        worth: bool = True,
+        refused: tuple[int, Start] = (1000, Start.TOO_LONG),
         tuning: Tuning | None = None,
     ) -> None:
         self.now = 0.0
         self.slots = slots
         self.capacity = capacity
         self.most = most
-        self.worth = worth
+        self.refused = refused
         self.wanted: int | None = None
         self.starts: list[int] = [slots]
         self.printed: list[str] = []
@@ -62,10 +64,12 @@ class Simulation:
             clock=lambda: self.now,
         )
 
-    def _restart(self, slots: int) -> bool:
-        if self.worth:
-            self.wanted = slots
-        return self.worth
+    def _restart(self, slots: int, rate: float) -> Start:
+        starts, reason = self.refused
+        if len(self.starts) >= starts:
+            return reason
+        self.wanted = slots
+        return Start.BEGUN
 
     def run(self, answers: int) -> Tuning:
         """Process requests until it has chosen, or has given so many answers."""
@@ -82,9 +86,10 @@ class Simulation:
                 number, since = waiting.pop(0)
                 seconds = (0.5 + number * 7 % 11 / 10) * max(1, (len(active) + 1) / self.capacity)
                 heapq.heappush(active, (self.now + seconds, number, since))
-            self.now, number, since = heapq.heappop(active)
-            self.answers += 1
-            tuner.note(50 + number * 7 % 11 * 10, self.now - since, overloaded=False)
+            if active:
+                self.now, number, since = heapq.heappop(active)
+                self.answers += 1
+                tuner.note(50 + number * 7 % 11 * 10, self.now - since, overloaded=False)
             if self.wanted is not None and not active and not waiting:
                 self.slots = min(self.wanted, self.most)
                 self.starts.append(self.slots)
@@ -120,10 +125,30 @@ def test_slots_that_do_not_fit_end_the_search() -> None:
     assert tuning.note == "no start with 32 slots"
 
 
-def test_no_start_if_it_is_not_worth_it() -> None:
-    simulation = Simulation(8, 100, worth=False)
-    assert simulation.run(20000).chosen == {"slots": 8, "concurrency": 10}
+@pytest.mark.parametrize("start", [Start.TOO_LONG, Start.IMPOSSIBLE])
+def test_no_start_if_it_is_not_worth_it(start: Start) -> None:
+    simulation = Simulation(8, 100, refused=(1, start))
+    tuning = simulation.run(20000)
+    assert tuning.chosen == {"slots": 8, "concurrency": 10}
+    assert tuning.note == f"no start with 16 slots: {start.value}"
     assert simulation.starts == [8]
+
+
+def test_nothing_is_chosen_because_the_job_ends() -> None:
+    simulation = Simulation(8, 100, refused=(1, Start.LATER))
+    tuning = simulation.run(1000)
+    assert not tuning.chosen
+    assert simulation.tuner.value == 10
+    again = Simulation(8, 100, tuning=tuning)
+    assert again.run(20000).chosen == {"slots": 128, "concurrency": 160}
+    assert again.starts[:3] == [8, 16, 32]
+
+
+def test_engines_that_do_not_return_to_the_best_slots_keep_the_requests_of_their_own() -> None:
+    simulation = Simulation(8, 8, refused=(2, Start.TOO_LONG))
+    assert simulation.run(20000).chosen == {"slots": 8, "concurrency": 10}
+    assert simulation.starts == [8, 16]
+    assert simulation.tuner.value == 20
 
 
 def test_the_search_ends_after_a_while() -> None:
@@ -223,6 +248,27 @@ def test_a_stop_while_it_tunes_loses_nothing_and_measures_nothing_twice(
     assert tuning_of(again)["tried"][: len(before["tried"])] == before["tried"]
     assert len(again.results) == 300
     assert set(journalled(again).values()) == {1}
+
+
+def test_a_stop_while_the_engine_starts_with_more_slots_ends_no_search(
+    tuned: Callable[..., Working],
+) -> None:
+    working = prompts(tuned(), 20000)
+    more = f"engine 0 starts again with {2 * plain_slots()} slots"
+
+    def watch() -> None:
+        until(lambda: more in working.reporter.messages, 60)
+        working.stopper.stop("a test")
+
+    threading.Thread(target=watch, daemon=True).start()
+    assert working.run() is ExitCode.STOPPED, working.error
+    assert tuning_of(working)["concurrency"] is None
+    again = tuned()
+    work_until_tuned(again)
+    assert more in again.reporter.messages
+    found = tuning_of(again)
+    assert found["slots"] >= 2 * plain_slots()
+    assert "no start" not in found["note"]
 
 
 def test_shards_that_start_later_use_what_the_first_found(tuned: Callable[..., Working]) -> None:

@@ -4,7 +4,8 @@ It listens at once and answers 503 until the model is loaded, which fails where 
 GGUF, and takes as long as the file ``loading`` is in its home. With a key, /health is the only path
 that needs none. The prompt "wait" is answered once there is no file
 ``waiting`` in its home. Prompts that begin with "work" take a moment, and a slot; the server gains
-nothing from more than eight. With the variable MOST_SLOTS, it does not start with more.
+nothing from more than eight. With the variable MOST_SLOTS, it does not start with more. With
+CRASH_AT, a JSON list, it ends with so many slots, or more, after so many answers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ WAITING = Path(os.environ["HOME"]) / "waiting"
 KEY = options.api_key_file.read_text().strip() if options.api_key_file else None
 PUBLIC = ("/health",)
 slots = threading.Semaphore(min(options.np, 8))
+crash_slots, crash_answers = json.loads(os.environ.get("CRASH_AT", "[0, 0]"))
 load_now = {"requests_processing": 0, "requests_deferred": 0, "tokens_predicted_total": 0}
 
 
@@ -102,6 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         load_now["requests_processing"] += 1
+        if 0 < crash_slots <= options.np and load_now["tokens_predicted_total"] >= crash_answers:
+            print("llama_decode: out of memory", flush=True)
+            os._exit(1)
         try:
             self._answer(body)
         finally:

@@ -150,7 +150,7 @@ class ManagedEngine:
 
     def use_slots(self, count: int) -> None:
         """Have this number of slots from the next start on."""
-        self.slots = count
+        self.slots = self.facts.slots = count
 
     def _fit_in_memory(self, count: int) -> bool:
         """Return whether slots on the CPU clearly fit into the memory of the job, or the node."""

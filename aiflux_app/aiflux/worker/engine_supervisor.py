@@ -25,12 +25,17 @@ def _never(_: float) -> bool:
     return False
 
 
+def _ignore(_: Engine) -> None:
+    pass
+
+
 class EngineSupervisor:
     """Starts and restarts an engine, with one thread per engine.
 
     Args:
         on_failure: called with the error when the engine is given up; returns whether it is the
             run's own error, which is reported at the end.
+        on_crash: called before the engine is restarted after a crash; may call ``restart``.
         stops: waits for so many seconds; returns whether the worker is to stop, so that an engine
             that is down is not restarted.
     """
@@ -44,6 +49,7 @@ class EngineSupervisor:
         say: Callable[[str], None],
         on_ready: Callable[[Engine, Lane], None],
         on_failure: Callable[[BaseException], bool],
+        on_crash: Callable[[Engine], None] = _ignore,
         stops: Callable[[float], bool] = _never,
     ) -> None:
         self.engine = engine
@@ -53,6 +59,7 @@ class EngineSupervisor:
         self._say = say
         self._on_ready = on_ready
         self._on_failure = on_failure
+        self._on_crash = on_crash
         self._stops = stops
         self._changed = threading.Condition()
         self._down_in = -1
@@ -105,17 +112,26 @@ class EngineSupervisor:
     def _changes_slots(self) -> bool:
         """Drain the engine and change its slots, if that is wanted; return whether it was."""
         with self._changed:
-            slots, self._wanted = self._wanted, None
-            while slots is not None and self.lane.in_flight and not self._down:
+            while self._wanted is not None and self.lane.in_flight and not self._down:
                 self._changed.wait(_DRAIN_POLL)
-            if slots is None or self._down:
-                return False  # after a crash, it starts as before
+            if self._down:
+                return False
         before = self.engine.facts.slots
-        self.engine.use_slots(slots)
+        slots = self._use_wanted()
+        if slots is None:
+            return False
         self._fallback = before
         self._say(f"engine {self.engine.index} starts again with {counted(slots, 'slot')}")
         self.engine.stop()
         return True
+
+    def _use_wanted(self) -> int | None:
+        """Change the slots from the next start on; return them, or None if no other are wanted."""
+        with self._changed:
+            slots, self._wanted = self._wanted, None
+        if slots is not None:
+            self.engine.use_slots(slots)
+        return slots
 
     def _falls_back(self, error: EngineError) -> bool:
         """Return to the slots of before a change with which the engine does not start."""
@@ -172,8 +188,11 @@ class EngineSupervisor:
             if fruitless > RESTARTS_WITHOUT_PROGRESS:
                 raise self._no_progress(fruitless)
             self.restarts += 1
+            self._on_crash(self.engine)
+            slots = self._use_wanted()
             if self.engine.kind.managed:
-                self._say(f"engine {self.engine.index} is down; restarting it ({fruitless})")
+                how = "" if slots is None else f" with {counted(slots, 'slot')}"
+                self._say(f"engine {self.engine.index} is down; restarting it{how} ({fruitless})")
             else:
                 self._say(f"the engine at {self.engine.facts.url} is down; waiting for it")
 

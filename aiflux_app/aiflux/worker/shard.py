@@ -492,6 +492,7 @@ class _ModelWork:
                 say=self.context.reporter.say,
                 on_ready=self._ready,
                 on_failure=self._failed,
+                on_crash=self._crashed,
                 stops=self.context.stopper.wait,
             )
             for engine, lane in zip(engines, self.lanes, strict=True)
@@ -519,6 +520,10 @@ class _ModelWork:
         with self._lock:
             self._failures.append(error)
             return len(self._failures) == len(self.supervisors)
+
+    def _crashed(self, engine: Engine) -> None:
+        if self.tuner is not None:
+            self.tuner.engine_crashed(engine.facts.slots or 1)
 
     def _tick(self) -> None:
         self.shard.tick()
@@ -576,8 +581,10 @@ class _ModelWork:
             say=self.context.reporter.say,
         )
 
-    def _restart(self, slots: int, rate: float) -> Start:
+    def _restart(self, slots: int, rate: float | None) -> Start:
         """Start all engines again with other slots, if that takes little of the run's time."""
+        if rate is None:
+            return self._start_again(slots)
         if not all(each.engine.can_have(slots) for each in self.supervisors):
             return Start.IMPOSSIBLE
         seconds = max(each.start_seconds for each in self.supervisors)
@@ -585,6 +592,9 @@ class _ModelWork:
             return Start.TOO_LONG
         if seconds > _RESTART_SHARE * (self.shard.last_call - time.time()):
             return Start.LATER
+        return self._start_again(slots)
+
+    def _start_again(self, slots: int) -> Start:
         for each in self.supervisors:
             each.restart(slots)
         return Start.BEGUN

@@ -92,7 +92,7 @@ class Tuner:
     Args:
         tuning: what was found so far.
         restart: called with other slots, and the requests per second so far; starts all engines
-            again if that is worth it.
+            again if that is worth it. Without the requests per second, it starts them anyway.
         keep: records what is found.
         say: called with a line of text.
         clock: monotonic seconds.
@@ -102,7 +102,7 @@ class Tuner:
         self,
         tuning: Tuning,
         *,
-        restart: Callable[[int, float], Start],
+        restart: Callable[[int, float | None], Start],
         keep: Callable[[Tuning], None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -119,6 +119,7 @@ class Tuner:
         self._measuring = False
         self._wanted: int | None = None
         self._first: float | None = None
+        self._started = 0.0
         self._began = 0.0
         self._observations: list[Observation] = []
 
@@ -126,15 +127,19 @@ class Tuner:
         """Record that an engine is up; what was measured of the current point is dropped."""
         with self._lock:
             self._slots[index] = slots
+            self._started = self._clock()
+            tried = self.tuning.tried
             if self.tuning.chosen:
+                self._default = self._default or (tried[0].slots if tried else slots)
                 self.value = self.tuning.concurrency or 1
+                if slots != self.tuning.slots:
+                    self.value = self._count_with(slots)
                 return
             self._measuring = False
             self.value = in_flight(slots)
             if len(self._slots) < self.tuning.engines:
                 return
             now = min(self._slots.values())
-            tried = self.tuning.tried
             self._default = self._default or (tried[0].slots if tried else now)
             self._first = self._clock() if self._first is None else self._first
             wanted, self._wanted = self._wanted, None
@@ -142,6 +147,19 @@ class Tuner:
                 self._choose(f"no start with {counted(wanted, 'slot')}")
             else:
                 self._advance()
+
+    def engine_crashed(self, slots: int) -> None:
+        """Return all engines to fewer slots, if one crashes soon after a start with many.
+
+        It may have too little memory for that many requests. What was measured with so many is
+        dropped. With its default, or long after the start, a crash has other reasons.
+        """
+        with self._lock:
+            soon = self._clock() - self._started <= LONGEST
+            if soon and slots > self._default > 0:
+                tried = tuple(each for each in self.tuning.tried if each.slots < slots)
+                self.tuning = replace(self.tuning, tried=tried)
+                self._choose(f"the engine crashed with {counted(slots, 'slot')}", crashed=True)
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Record an ended exchange; see ``AdaptiveLimit.note``."""
@@ -221,24 +239,24 @@ class Tuner:
         self._observations = []
         self._measuring = True
 
-    def _start_again(self, slots: int) -> Start:
+    def _start_again(self, slots: int, *, anyway: bool = False) -> Start:
         now = self._slots
         self._slots, self._wanted = {}, slots
         rate = max((each.requests_per_second for each in self.tuning.tried), default=0.0)
-        start = self._restart(slots, rate)
+        start = self._restart(slots, None if anyway else rate)
         if start is not Start.BEGUN:
             self._slots, self._wanted = now, None
         return start
 
-    def _choose(self, note: str) -> None:
+    def _choose(self, note: str, *, crashed: bool = False) -> None:
         """Use the best that was tried, or the default if too little was tried."""
         self._measuring = False
-        now = min(self._slots.values())
+        now = 0 if crashed else min(self._slots.values())
         slots, count = self._default, in_flight(self._default)
         if len(self.tuning.tried) > 1:
             slots, count = self._best(self._points) or (slots, count)
         self.value = count
-        if slots != now and self._start_again(slots) is not Start.BEGUN:
+        if slots != now and self._start_again(slots, anyway=crashed) is not Start.BEGUN:
             self.value = self._count_with(now)
         self._record(replace(self.tuning, slots=slots, concurrency=count, note=note))
         self._say(self.tuning.advice)

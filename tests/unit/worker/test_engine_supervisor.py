@@ -52,10 +52,9 @@ class SlowEngine:
         time.sleep(0.2)
         if self.slots > self.most:
             raise EngineError("killed", "")
-        self.facts.slots = self.slots
 
     def use_slots(self, count: int) -> None:
-        self.slots = count
+        self.slots = self.facts.slots = count
 
     def stop(self) -> None:
         pass
@@ -145,6 +144,20 @@ def test_a_stop_that_ends_a_start_with_other_slots_does_not_count_against_them()
         until(lambda: supervisor.lane.gone, 5)
         assert engine.starts == 2
     assert printed == ["engine 0 starts again with 4 slots"]
+
+
+def test_slots_that_are_wanted_hold_after_a_crash_while_requests_end() -> None:
+    printed: list[str] = []
+    with supervising("llamacpp", printed.append) as (supervisor, engine):
+        wait_for_generation(supervisor, 1)
+        supervisor.lane.in_flight = 1
+        engine.most = 4
+        supervisor.restart(4)
+        time.sleep(0.1)
+        supervisor.report_down(1)
+        wait_for_generation(supervisor, 2)
+        assert engine.slots == 4
+    assert printed == ["engine 0 is down; restarting it with 4 slots (1)"]
 
 
 def test_each_crash_causes_a_start(supervised: tuple[EngineSupervisor, SlowEngine]) -> None:

@@ -64,9 +64,9 @@ class Simulation:
             clock=lambda: self.now,
         )
 
-    def _restart(self, slots: int, rate: float) -> Start:
+    def _restart(self, slots: int, rate: float | None) -> Start:
         starts, reason = self.refused
-        if len(self.starts) >= starts:
+        if rate is not None and len(self.starts) >= starts:
             return reason
         self.wanted = slots
         return Start.BEGUN
@@ -169,6 +169,37 @@ def test_a_later_start_continues_with_what_was_tried() -> None:
     assert again.run(20000).chosen == {"slots": 8, "concurrency": 10}
     assert again.tuner.tuning.tried[:2] == tuning.tried
     assert again.tuner.tuning.tried[2].concurrency == 10
+
+
+def test_crashes_with_many_slots_lead_to_fewer() -> None:
+    simulation = Simulation(8, 100, most=64)
+    tuner = simulation.tuner
+    simulation.run(20000)
+    assert tuner.tuning.chosen == {"slots": 64, "concurrency": 80}
+    tuner.engine_crashed(64)
+    assert tuner.tuning.chosen == {"slots": 32, "concurrency": 40}
+    assert simulation.wanted == 32
+    assert tuner.tuning.note == "the engine crashed with 64 slots"
+    tuner.engine_ready(0, 32)
+    simulation.now += LONGEST + 1
+    tuner.engine_crashed(32)  # long after the start, it has another reason
+    assert tuner.tuning.chosen == {"slots": 32, "concurrency": 40}
+    tuner.engine_ready(0, 32)
+    for slots in (32, 16):
+        tuner.engine_crashed(slots)
+        tuner.engine_ready(0, slots // 2)
+    assert tuner.tuning.chosen == {"slots": 8, "concurrency": 10}
+    tuner.engine_crashed(8)
+    assert tuner.tuning.note == "the engine crashed with 16 slots"
+
+
+def test_engines_with_other_slots_than_chosen_keep_the_requests_of_their_own() -> None:
+    simulation = Simulation(8, 100)
+    chosen = simulation.run(20000)
+    assert chosen.slots == 128
+    again = Simulation(32, 100, tuning=chosen)
+    again.run(1)
+    assert again.tuner.value == 40
 
 
 @pytest.fixture
@@ -297,6 +328,31 @@ def test_an_engine_that_does_not_start_with_more_slots_gets_its_own_again(
     assert set(journalled(working).values()) == {1}
     assert tuning_of(working)["note"] == f"no start with {2 * first} slots"
     assert working.status["aiflux"]["engines"][0]["slots"] == first
+
+
+@pytest.mark.parametrize("answers", [20, 200])
+def test_slots_with_which_the_engine_crashes_are_not_used(
+    tuned: Callable[..., Working], answers: int
+) -> None:
+    """It crashes while they are measured, or once they are chosen."""
+    first = plain_slots()
+    crash = json.dumps([2 * first, answers])
+    working = prompts(tuned(engine_env={"CRASH_AT": crash}), 20000)
+    note = f"the engine crashed with {2 * first} slots"
+
+    def watch() -> None:
+        until(lambda: any(note in line for line in working.reporter.messages), 60)
+        working.stop_soon(results=30)
+
+    threading.Thread(target=watch, daemon=True).start()
+    assert working.run() is ExitCode.STOPPED, working.error
+    found = tuning_of(working)
+    assert (found["slots"], found["note"]) == (first, note)
+    assert {each["slots"] for each in found["tried"]} == {first}
+    assert working.status["aiflux"]["engines"][0]["slots"] == first
+    down = [line for line in working.reporter.messages if "is down" in line]
+    assert down[-1] == f"engine 0 is down; restarting it with {first} slots (1)"
+    assert set(journalled(working).values()) == {1}
 
 
 def plain_slots() -> int:

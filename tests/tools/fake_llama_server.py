@@ -146,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
+    ThreadingHTTPServer.request_queue_size = 128  # connections that are opened at once
     server = ThreadingHTTPServer((options.host, options.port), Handler)
     if options.ssl_cert_file:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

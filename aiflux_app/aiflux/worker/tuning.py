@@ -194,6 +194,7 @@ class Tuner:
         with self._lock:
             if not self.tuning.chosen:
                 self._record(replace(self.tuning, note="the requests ended before"))
+                self._say(self.tuning.advice)
 
     def _measured(self, together: int) -> None:
         """Record the point and continue with the next.
@@ -227,6 +228,9 @@ class Tuner:
         slots, count = setting
         if slots == min(self._slots.values()):
             self._measure(count)
+            return
+        if self.tuning.settings.get("slots") is not None:
+            self._choose("")  # --slots sets them
             return
         start = self._start_again(slots)
         # Nothing is chosen because a job ends: the next one continues with what was measured.

@@ -365,12 +365,15 @@ def test_given_slots_are_kept(tuned: Callable[..., Working]) -> None:
     found = tuning_of(working)
     assert [each["concurrency"] for each in found["tried"]] == [1, 2, 6]
     assert {each["slots"] for each in found["tried"]} == {4}
+    assert found["note"] == ""
 
 
 def test_a_run_that_ends_first_says_so(tuned: Callable[..., Working]) -> None:
     working = tuned().prompts("work", "work too", model="tiny:latest")
     assert working.run() is ExitCode.OK, working.error
     assert tuning_of(working)["note"] == "the requests ended before"
+    (line,) = [each for each in working.reporter.messages if each.startswith("tun")]
+    assert line.startswith("tuning did not finish (the requests ended before)")
 
 
 @pytest.mark.parametrize(

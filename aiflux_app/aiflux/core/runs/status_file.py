@@ -255,7 +255,8 @@ class Tuning:
     def advice(self) -> str:
         """How to keep what was chosen, and why the search ended early."""
         if not self.chosen:
-            return f"tuning is not finished{f': {self.note}' if self.note else ''}"
+            note = f" ({self.note})" if self.note else ""
+            return f"tuning did not finish{note}; the settings stay as they are by default"
         lines = ", ".join(f"{name}: {value}" for name, value in self.chosen.items())
         options = " ".join(settings_texts(self.chosen))
         note = f" ({self.note})" if self.note else ""

@@ -64,9 +64,15 @@ def summary_line(stats: Stats) -> str:
     share = 100 * stats.done // max(stats.total, 1)
     eta = "" if remaining is None or not stats.total - stats.done else f", ETA {clock(remaining)}"
     return (
-        f"{stats.done}/{stats.total} done ({share} %), {stats.failed} failed, "
+        f"{stats.done}/{stats.total} done ({share} %), {failed_text(stats)}, "
         f"{requests:.1f} requests/s, {tokens:.0f} tokens/s{eta}"
     )
+
+
+def failed_text(stats: Stats) -> str:
+    """Return how many requests failed, and how many were left out."""
+    left_out = f", {stats.left_out} left out (too long)" if stats.left_out else ""
+    return f"{stats.failed - stats.left_out} failed{left_out}"
 
 
 def clock(seconds: float) -> str:
@@ -154,7 +160,9 @@ class TerminalReporter:
         """Update the bar."""
         requests, tokens = stats.rates()
         remaining = stats.remaining_seconds()
-        failed = f"[red]{stats.failed} failed[/red]" if stats.failed else "0 failed"
+        failed = failed_text(stats)
+        if stats.failed > stats.left_out:
+            failed = f"[red]{failed}[/red]"
         eta = "" if remaining is None or final else f", ETA {clock(remaining)}"
         speed = f"{requests:.{0 if requests >= _MANY else 1}f} req/s, {tokens:.0f} tok/s"
         label = "requests" if self._wide else ""

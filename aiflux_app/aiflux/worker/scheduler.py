@@ -356,16 +356,20 @@ class Source:
         self._rules = input_rules(self._kind, plan.options)
         self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
 
-    def count_done(self) -> tuple[int, int]:
-        """Return how many requests succeeded and failed in earlier starts."""
+    def count_done(self) -> tuple[int, int, int]:
+        """Return how many requests succeeded and failed before, and were left out of the failed."""
         if not self._index.done:
-            return 0, 0
-        completed = failed = 0
+            return 0, 0, 0
+        completed = failed = left_out = 0
         for _, _, raw in self._lines():
-            verdict = self._earlier(request_key(raw))
+            key = request_key(raw)
+            verdict = self._earlier(key)
             completed += verdict is True
-            failed += verdict is False
-        return completed, failed
+            if verdict is False:
+                failed += 1
+                found = self._reader.get(key)
+                left_out += found is not None and found.left_out
+        return completed, failed, left_out
 
     def tasks(self, model: str) -> Iterator[Task]:
         """Yield the requests of one model that have no result yet, in input order."""
@@ -386,7 +390,8 @@ class Source:
             return None
         for number, offset, raw in self._lines():
             key = request_key(raw)
-            if self._earlier(key) is True:
+            found = self._index.find(key)  # other threads use the reader
+            if found is not None and not found[2]:
                 for task in self._task(number, offset, raw, key, model):
                     if task.request.url == url:
                         return task
@@ -437,13 +442,17 @@ class Source:
         place = self._index.find(key)
         if place is None:
             return None
-        if place[2] and self._plan.options.retry_failed and self._failed_before_plan(key):
+        if place[2] and self._failed_before_plan(key):
             return None
         return not place[2]
 
     def _failed_before_plan(self, key: bytes) -> bool:
+        """Return whether a request failed before this plan, which sends it again.
+
+        Those that were left out may fit now; if not, the plan or the worker leaves them out again.
+        """
         result = self._reader.get(key)
-        if result is None:
+        if result is None or not (self._plan.options.retry_failed or result.left_out):
             return False
         return str(json.loads(result.metadata)["timestamp"]) < self._plan.created
 

@@ -233,8 +233,8 @@ class _ShardWork:
         self.reader = JournalReader(path, index)
         splits = read_splits(plan, run, shard)
         self.source = Source(plan, shard, index, self.reader, splits)
-        completed, failed = self.source.count_done()
-        self.stats = Stats(shard.requests, completed, failed)
+        completed, failed, left_out = self.source.count_done()
+        self.stats = Stats(shard.requests, completed, failed, left_out)
         facts = _facts(plan, context)
         self.status = Status(run.status(shard.index), plan, shard.index, details=facts)
         earlier = read_status(run, shard.index, plan)
@@ -243,16 +243,14 @@ class _ShardWork:
         if earlier is not None:
             facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
             facts.tunings = earlier.details.tunings
-            facts.left_out = earlier.details.left_out
-        self.left_out: dict[str, int] = {}
+        self.checked: set[str] = set()
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
         self.status.enter("validating")
-        if completed + failed:
-            context.reporter.say(
-                f"resuming: {completed + failed} of {shard.requests} requests are done already"
-            )
+        sent = completed + failed - left_out
+        if sent:
+            context.reporter.say(f"resuming: {sent} of {shard.requests} requests are done already")
 
     def run(self, *, pull: bool = False) -> None:
         try:
@@ -435,6 +433,7 @@ class _ShardWork:
         details.progress = self.stats.snapshot()
         details.totals = self.ledger.totals(details.progress)
         details.requeues = self.ledger.requeues
+        details.left_out = self.stats.left_out if self.plan.lengths_at_start else 0
 
     def _end(self, state: str, error: BaseException) -> None:
         self._sync_status()
@@ -610,46 +609,44 @@ class _ModelWork:
         if not plan.lengths_at_start:
             return
         with self._length_lock:
-            if self.model not in self.shard.left_out:
+            if self.model not in self.shard.checked:
                 limit = server_limit(plan, self.model, engine.client)
                 if limit is None:
-                    left_out = self._unknown_context()
+                    self._unknown_context()
                 else:
                     engine.facts.context_length = limit.context
-                    left_out = self._leave_out(limit)
-                self.shard.left_out[self.model] = left_out
-                self.shard.status.details.left_out = sum(self.shard.left_out.values())
+                    self._leave_out(limit)
+                self.shard.checked.add(self.model)
 
-    def _unknown_context(self) -> int:
-        """Say that lengths are not checked; return 0, the number of requests that are left out."""
+    def _unknown_context(self) -> None:
+        """Say that lengths are not checked."""
         how = "say what it is with --context-length N"
         if self.plan.options.too_long == CHUNK:
             raise ConfigError(f"{_NO_CONTEXT}, so prompts cannot be split (--too-long chunk)", how)
         if self.plan.input.longest_tokens > _SMALL_CONTEXT:
             self.context.reporter.say(f"{_NO_CONTEXT}, so prompts that are too long are not found "
                                       f"before they are sent; {how}")  # fmt: skip
-        return 0
 
-    def _leave_out(self, limit: PromptLimit) -> int:
-        """Leave out or split the requests that are too long; return how many are left out."""
+    def _leave_out(self, limit: PromptLimit) -> None:
+        """Leave out or split the requests that are too long."""
         plan, shard, source = self.plan, self.shard.shard, self.shard.source
         kind, span = engine_kind(plan.options), (shard.start, shard.end)
         found = find_in_run(plan.input, plan, kind, {self.model: limit}, span)
         if found is None or not found.facts.too_long:
-            return 0
+            return
         refuse_long(found, plan)
         facts, say = found.facts, self.context.reporter.say
         if not facts.counted:
             say(f"warning: about {counted(facts.too_long, 'prompt')} may be too long for the "
                 f"context of {facts.context:,} tokens ({facts.where}): this is an estimate, "
                 f"because {facts.uncounted}")  # fmt: skip
-            return 0
+            return
         many = counted(facts.too_long, "request")
         context = f"the context of {facts.context:,} tokens"
         if found.splits:
             source.splits = {**source.splits, **dict(zip(found.offsets, found.splits, strict=True))}
             say(f"{many} too long for {context}: sent in {facts.parts:,} parts (--too-long chunk)")
-            return 0
+            return
         source.left_out = {*source.left_out, *found.offsets}
         say(f"{many} too long for {context}: not sent (--too-long skip; {facts.where})")
         for offset, tokens in zip(found.offsets, found.tokens, strict=True):
@@ -659,8 +656,7 @@ class _ModelWork:
                 result = too_long_result(plan, raw, key, tokens, facts.context)
                 self._journal.append(result)
                 message = f"not sent: the prompt has {tokens:,} tokens"
-                self.shard.stats.recorded(Outcome(Kind.FAILED, TOO_LONG, message), result.custom_id)
-        return facts.too_long
+                self.shard.stats.not_sent(Outcome(Kind.FAILED, TOO_LONG, message), result.custom_id)
 
     def _limit_of(self, engine: Engine) -> Limit:
         """Return the limit of an engine: by its slots, or adaptive where they are unknown."""

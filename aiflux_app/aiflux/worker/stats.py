@@ -25,6 +25,7 @@ class Stats:
     Args:
         total: number of requests in the shard.
         completed, failed: number of results from earlier starts.
+        left_out: of the failed ones, those that are not sent because their prompts are too long.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Stats:
         total: int,
         completed: int = 0,
         failed: int = 0,
+        left_out: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
         self.completed = completed
         self.failed = failed
+        self.left_out = left_out
         self.retries = 0
         self.crashes = 0
         self.unfit = 0
@@ -93,6 +96,12 @@ class Stats:
                 self.failed += 1
                 self.unfit += verdict.kind is Kind.UNFIT
                 self.errors.append(FailedRequest(verdict.code, verdict.message, custom_id))
+
+    def not_sent(self, verdict: Outcome, custom_id: str) -> None:
+        """Record the result of a request that is left out because its prompt is too long."""
+        self.recorded(verdict, custom_id)
+        with self._lock:
+            self.left_out += 1
 
     @property
     def done(self) -> int:

@@ -14,6 +14,7 @@ import pytest
 from aiflux.cli.main import main
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.journal import RawResult, journal_lines, split_line
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import allowed_failures
 from aiflux.engines.http import Answer
@@ -208,6 +209,52 @@ def test_a_server_that_comes_up_later_is_asked_before_the_first_request(
     expected = [None, 3, None, 3] if too_long == "chunk" else [None] * 4
     assert chunks(working) == expected
     assert codes(working)[1] == ("too_long" if too_long == "skip" else None)
+
+
+@pytest.mark.parametrize(
+    ("planned", "context", "left_out"),
+    [(False, 5000, 0), (False, 512, 2), (True, 5000, 0), (True, 512, 2)],
+)
+def test_requests_that_were_left_out_are_decided_on_again(
+    tmp_path: Path, planned: bool, context: int, left_out: int
+) -> None:
+    """They are sent if they fit now, and are no failures if not; the run is not finished yet.
+
+    ``planned``: the server is up when the run is planned again, so no worker has to ask it.
+    """
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}", too_long="skip").prompts(*PROMPTS)
+    with CountingServer(VLLM, 512, port):
+        assert not working.open().plan.lengths_at_start
+    assert [each.left_out for each in journalled(working)] == [True, True]
+    if not planned:
+        assert working.open().plan.lengths_at_start
+    with CountingServer(VLLM, context, port) as server:
+        if planned:
+            assert not working.open().plan.lengths_at_start
+        assert working.shard(0) is ExitCode.OK
+    expected = ["too_long" if left_out else None] * 2
+    assert codes(working) == [None, expected[0], None, expected[1]]
+    assert len(server.prompts) == 4 - left_out
+    assert not any("resuming" in each for each in working.reporter.messages)
+
+
+def test_those_left_out_are_counted_in_the_journal(tmp_path: Path) -> None:
+    """So a start that finds all done, and no status, does not take them for failures."""
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}", too_long="skip").prompts(*PROMPTS)
+    working.open()
+    with CountingServer(VLLM, 512, port):
+        assert working.shard(0) is ExitCode.OK
+    working.status_file.unlink()
+    working.output.unlink()
+    assert working.shard(0) is ExitCode.OK
+    assert "resuming: 2 of 4 requests are done already" in working.reporter.messages
+    assert codes(working) == [None, "too_long", None, "too_long"]
+
+
+def journalled(working: Working) -> list[RawResult]:
+    return [split_line(line) for _, line in journal_lines(working.journal)]
 
 
 def command(context: int) -> str:

@@ -1,4 +1,4 @@
-"""How a pull looks on a terminal."""
+"""How progress and a pull look."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from aiflux.worker.progress import TerminalReporter, bytes_line
+from aiflux.worker.progress import TerminalReporter, bytes_line, summary_line
+from aiflux.worker.stats import Stats
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,11 @@ def test_the_steps_of_a_pull_are_shown_and_removed(monkeypatch: pytest.MonkeyPat
     reporter.pull({"status": "success"})
     reporter.say("pulled")
     assert stream.getvalue().count("pulled") == 1
+
+
+def test_requests_that_are_left_out_are_not_shown_as_failed() -> None:
+    assert summary_line(Stats(4, 1, 3, 2, clock=lambda: 0.0)).startswith(
+        "4/4 done (100 %), 1 failed, 2 left out (too long), "
+    )
+    without = summary_line(Stats(4, 1, 3, clock=lambda: 0.0))
+    assert without.startswith("4/4 done (100 %), 3 failed, 0.0")

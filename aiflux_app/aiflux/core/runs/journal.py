@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from aiflux.core.batch.prompt_lengths import TOO_LONG
 from aiflux.core.batch.request import KEY_BYTES, request_key
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.plan import Plan, Shard
@@ -67,6 +68,7 @@ EMPTY = "empty_answer"
 """Key of a result's metadata; its value is one of ``EMPTY_REASONS``."""
 _EMPTY = re.compile(rb'"empty_answer":"([a-z_]+)"')
 _SUCCEEDED = b',"error":null,"body":'
+_LEFT_OUT = b'{"code":"%b"' % TOO_LONG.encode()
 _CUSTOM_ID = _KEY_END + len(b'","custom_id":')
 _BUFFER = 1 << 20
 _BUCKETS = 256
@@ -159,6 +161,11 @@ class RawResult(NamedTuple):
     def failed(self) -> bool:
         """Whether the request failed."""
         return self.error != b"null"
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the request was not sent because its prompt is too long."""
+        return self.status == b"null" and self.error.startswith(_LEFT_OUT)
 
     @property
     def empty(self) -> str | None:

@@ -28,6 +28,7 @@ from aiflux.core.config.settings import CHUNK, FAIL, SEND, RunOptions, settings_
 from aiflux.core.runs.directory import RunDirectory, checked_output
 from aiflux.core.runs.input_copy import plain_input
 from aiflux.core.runs.journal import (
+    JournalReader,
     JournalWriter,
     NewResult,
     ResultIndex,
@@ -402,13 +403,17 @@ def _leave_out(plan: Plan, run: RunDirectory, long: FoundPrompts) -> None:
             continue
         path = run.journal(shard.index)
         index = scan_journal(path)
-        with closing(JournalWriter(path, save_frequency=1 << 20)) as journal:
+        with (
+            closing(JournalReader(path, index)) as reader,
+            closing(JournalWriter(path, save_frequency=1 << 20)) as journal,
+        ):
             for at in range(first, last):
                 offset = long.offsets[at]
                 _, _, raw = next(read_lines(plan.input_path, offset, offset + 1))
                 key = request_key(raw)
-                earlier = index.find(key)
-                if earlier is None or (earlier[2] and plan.options.retry_failed):
+                before = reader.get(key)
+                again = before is not None and before.failed and plan.options.retry_failed
+                if before is None or again or before.left_out:
                     result = too_long_result(plan, raw, key, long.tokens[at], long.facts.context)
                     journal.append(result)
 
@@ -495,12 +500,16 @@ def _forget_status(run: RunDirectory, shard: int) -> None:
 
 def _kept(plan: Plan, run: RunDirectory, shard: Shard) -> Counts:
     """Return the counts of a shard's results that are not requested again."""
-    index = scan_journal(run.journal(shard.index))
+    path = run.journal(shard.index)
+    index = scan_journal(path)
     counts = Counter[bool]()
-    for _, _, raw in read_lines(plan.input_path, shard.start, shard.end) if index.done else ():
-        found = index.find(request_key(raw))
-        if found is not None:
-            counts[found[2]] += 1
+    with closing(JournalReader(path, index)) as reader:
+        for _, _, raw in read_lines(plan.input_path, shard.start, shard.end) if index.done else ():
+            key = request_key(raw)
+            found = index.find(key)
+            result = reader.get(key) if found is not None and found[2] else None
+            if found is not None and not (result is not None and result.left_out):
+                counts[found[2]] += 1
     failed = 0 if plan.options.retry_failed else counts[True]
     return Counts(shard.requests, counts[False], failed)
 

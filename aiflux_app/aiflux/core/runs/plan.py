@@ -187,9 +187,14 @@ class Plan:
 
     @property
     def left_out(self) -> int:
-        """Number of requests that are not sent because their prompts are too long."""
+        """Number of requests that are not sent because their prompts are too long.
+
+        0 if workers decide on them, which count those of their shards.
+        """
         long = self.long_prompts
-        return long.too_long if long and long.counted and self.options.too_long == SKIP else 0
+        if long is None or self.lengths_at_start or self.options.too_long != SKIP:
+            return 0
+        return long.too_long if long.counted else 0
 
     @property
     def allowed_failures(self) -> int:

@@ -637,6 +637,9 @@ class _ModelWork:
         refuse_long(found, plan)
         facts, say = found.facts, self.context.reporter.say
         if not facts.counted:
+            planned = plan.long_prompts
+            if planned is not None and planned.context == facts.context:
+                return  # planning warned of them
             say(f"warning: about {counted(facts.too_long, 'prompt')} may be too long for the "
                 f"context of {facts.context:,} tokens ({facts.where}): this is an estimate, "
                 f"because {facts.uncounted}")  # fmt: skip

@@ -125,6 +125,7 @@ def test_a_server_that_only_reports_the_context_gives_an_estimate(tmp_path: Path
         assert finding.what.startswith("about 1 prompt may be too long for the context of 512")
         assert "does not count tokens (/tokenize)" in finding.fix
         assert working.run() is ExitCode.FAILURES
+        assert not any("this is an estimate" in each for each in working.reporter.messages)
         assert working.error is not None
         assert "--too-long skip" in str(working.error.remedy)
         assert codes(working) == [None, "too_long"]
@@ -285,6 +286,35 @@ def test_check_asks_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert "2 requests are sent in 6 parts" in capsys.readouterr().err
         assert main(asked) == 2
     assert "line 4: 612 tokens" in capsys.readouterr().err
+
+
+def test_check_says_that_a_server_was_not_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    working = Working(tmp_path, url).prompts(*PROMPTS)
+    asked = ["check", str(working.input), "--engine-url", url]
+    assert main(asked) == 0
+    assert f"lengths:   not checked: {url} does not answer" in capsys.readouterr().out
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lengths_not_checked"].startswith(f"{url} does not answer")
+    assert main([*asked, "--too-long", "send"]) == 0
+    working.prompts("one")
+    assert main(asked) == 0
+    assert "not checked" not in capsys.readouterr().out
+    with CountingServer(LLAMA, 5000) as server:
+        assert main(["check", str(working.input), "--engine-url", server.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths_not_checked"] is None
+
+
+def test_an_estimate_is_printed_at_the_start_if_planning_had_none(tmp_path: Path) -> None:
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}").prompts("one", "word " * 400)
+    working.open()
+    with CountingServer(HOSTED, 512, port):
+        assert working.shard(0) is ExitCode.FAILURES
+    assert sum("this is an estimate" in each for each in working.reporter.messages) == 1
 
 
 def test_an_option_that_describes_the_server_is_not_compared_with_it(tmp_path: Path) -> None:

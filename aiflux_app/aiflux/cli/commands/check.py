@@ -23,6 +23,7 @@ from aiflux.errors import AifluxError, InputError
 from aiflux.slurm.preflight.local import check_lengths, finding_text
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
+from aiflux.util.text import public_url
 
 _OF_LENGTHS = {
     "engine", "engine_url", "engine_ca", "context_length", "max_tokens", "too_long", "models_dir",
@@ -69,9 +70,10 @@ def check(file: str, model: str | None, replace_model: bool, as_json: bool, **se
     )
     for text, fix in ignored_texts(summary.ignored, kind.title, rules.ignored_fields):
         print(f"warning: {text}\n     -> {fix}", file=sys.stderr)
-    if isinstance(plan, str):
-        print(f"  lengths:   not checked: {plan}")
-    else:
+    unchecked = _unchecked(plan)
+    if unchecked is not None:
+        print(f"  lengths:   not checked: {unchecked}")
+    if not isinstance(plan, str):
         for finding in check_lengths(plan):
             print(f"warning: {finding_text(finding)}", file=sys.stderr)
     if not can_check_schemas():
@@ -110,6 +112,21 @@ def _planned(summary: InputSummary, config: Config) -> Plan | str:
     return with_long_prompts(plan, summary, kind, config.models_dir)[0]
 
 
+def _unchecked(plan: Plan | str) -> str | None:
+    """Return why the prompts were not compared with the context; None if they were."""
+    if isinstance(plan, str):
+        return plan
+    if not plan.lengths_at_start or plan.long_prompts is not None:
+        return None
+    url = plan.options.engine_url
+    if url is None:
+        return "the server is not started yet; a run compares the prompts with the context later"
+    return (
+        f"{public_url(url)} does not answer, does not report its context or does not count tokens; "
+        "a run asks again before it sends requests"
+    )
+
+
 def _as_json(path: Path, config: Config, model: str | None, rules: InputRules) -> int:
     try:
         summary, plan = _checked(path, config, model, rules)
@@ -119,6 +136,7 @@ def _as_json(path: Path, config: Config, model: str | None, rules: InputRules) -
     long = None if isinstance(plan, str) else plan.long_prompts
     content = {"ignored": {}, **to_json(replace(summary, marks=())), "problems": []}
     content["long_prompts"] = None if long is None else to_json(long)
+    content["lengths_not_checked"] = _unchecked(plan)
     del content["marks"]
     print_json(content)
     return 0

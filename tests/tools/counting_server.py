@@ -1,4 +1,4 @@
-"""A server with a context that it reports and keeps, and a tokenizer: two characters are a token.
+"""A server with a context that it reports and keeps, and tokens of equal length.
 
 It reports and counts as vLLM does or as llama-server does (``--form``), or only reports the context
 (``hosted``), or nothing (``silent``). Its template writes 10 tokens before each message. It refuses
@@ -22,6 +22,7 @@ class CountingServer:
     """The server; a context manager.
 
     Args:
+        characters: of a token.
         busy: ``/tokenize`` is answered with 503 after this number of questions; None for never.
 
     Attributes:
@@ -29,10 +30,18 @@ class CountingServer:
         prompts: texts that were answered or refused.
     """
 
-    def __init__(self, form: str, context: int, port: int = 0, busy: int | None = None) -> None:
+    def __init__(
+        self,
+        form: str,
+        context: int,
+        port: int = 0,
+        busy: int | None = None,
+        characters: int = 2,
+    ) -> None:
         self.form = form
         self.context = context
         self.busy = busy
+        self.characters = characters
         self.asked: list[str] = []
         self.prompts: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
@@ -69,7 +78,7 @@ class CountingServer:
             return (404 if found is None else 200), found
         text = body["messages"][-1]["content"]
         self.prompts.append(text)
-        tokens = _count(_template(body["messages"]))
+        tokens = self._count(self._template(body["messages"]))
         if tokens >= self.context:
             message = f"This model's maximum context length is {self.context} tokens. However, "
             return 400, {"error": {"message": f"{message}your prompt contains {tokens} tokens."}}
@@ -78,21 +87,20 @@ class CountingServer:
 
     def _tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         if path == "/tokenize" and self.form == VLLM:
-            text = _template(body["messages"]) if "messages" in body else body["prompt"]
-            return {"count": _count(text), "max_model_len": self.context}
+            text = self._template(body["messages"]) if "messages" in body else body["prompt"]
+            return {"count": self._count(text), "max_model_len": self.context}
         if path == "/tokenize" and self.form == LLAMA:
-            return {"tokens": [0] * _count(body.get("content", ""))}
+            return {"tokens": [0] * self._count(body.get("content", ""))}
         if path == "/apply-template" and self.form == LLAMA:
-            return {"prompt": _template(body["messages"])}
+            return {"prompt": self._template(body["messages"])}
         return None
 
+    def _count(self, text: str) -> int:
+        return -(-len(text) // self.characters)
 
-def _count(text: str) -> int:
-    return (len(text) + 1) // 2
-
-
-def _template(messages: list[dict[str, Any]]) -> str:
-    return "".join("<" * (2 * OF_TEMPLATE) + each["content"] for each in messages)
+    def _template(self, messages: list[dict[str, Any]]) -> str:
+        before = "<" * (self.characters * OF_TEMPLATE)
+        return "".join(before + each["content"] for each in messages)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -27,6 +27,7 @@ from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.slurm.run_view import outcome
 from tests.tools import make_tiny_gguf
 from tests.tools.counting_server import HOSTED, LLAMA, OF_TEMPLATE, SILENT, VLLM, CountingServer
+from tests.unit.helpers import request_line
 from tests.unit.made_models import put_model
 from tests.unit.made_serves import MadeServe
 from tests.unit.working import Working
@@ -92,9 +93,9 @@ def test_they_are_left_out_or_sent_in_parts(tmp_path: Path, form: str) -> None:
         assert sorted(server.prompts) == ["one", "two"]
         working = Working(tmp_path, server.url, too_long="chunk", retry_failed=True)
         assert working.run() is ExitCode.OK
-    # A quarter of the context is kept free for the answer, and something for the template.
+    # A quarter of the context is kept free for the answer. The server applies the template.
     assert codes(working) == [None] * 4
-    assert chunks(working) == [None, 3, None, 3]
+    assert chunks(working) == [None, 2, None, 2]
     texts = [entry["output"]["choices"][0]["message"]["content"] for entry in working.results]
     assert "".join(texts[1].split()) == "".join(LONG.split())
 
@@ -207,7 +208,7 @@ def test_a_server_that_comes_up_later_is_asked_before_the_first_request(
         assert not server.prompts
         return
     assert code is ExitCode.OK
-    expected = [None, 3, None, 3] if too_long == "chunk" else [None] * 4
+    expected = [None, 2, None, 2] if too_long == "chunk" else [None] * 4
     assert chunks(working) == expected
     assert codes(working)[1] == ("too_long" if too_long == "skip" else None)
 
@@ -283,7 +284,7 @@ def test_check_asks_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str
         working = Working(tmp_path, server.url).prompts(*PROMPTS)
         asked = ["check", str(working.input), "--engine-url", server.url]
         assert main([*asked, "--too-long", "chunk"]) == 0
-        assert "2 requests are sent in 6 parts" in capsys.readouterr().err
+        assert "2 requests are sent in 4 parts" in capsys.readouterr().err
         assert main(asked) == 2
     assert "line 4: 612 tokens" in capsys.readouterr().err
 
@@ -315,6 +316,22 @@ def test_an_estimate_is_printed_at_the_start_if_planning_had_none(tmp_path: Path
     with CountingServer(HOSTED, 512, port):
         assert working.shard(0) is ExitCode.FAILURES
     assert sum("this is an estimate" in each for each in working.reporter.messages) == 1
+
+
+@BOTH
+def test_parts_are_as_long_as_the_context_allows(tmp_path: Path, form: str) -> None:
+    """A word is a token here: more bytes than in an estimate."""
+    with CountingServer(form, 256, characters=5) as server:
+        working = Working(tmp_path, server.url, too_long="chunk")
+        plan = working.prompts("word " * 618, max_tokens=4).open().plan
+        assert plan.long_prompts is not None
+        assert plan.long_prompts.parts == 3  # of 256 - 4 - 10 tokens at most
+        body = {"model": "m:1", "input": "word " * 300, "max_output_tokens": 60}
+        line = request_line("a", body=body, url="/v1/responses")
+        working.input.write_text(f"{line}\n", encoding="utf-8")
+        plan = Working(tmp_path, server.url, "b.json", too_long="chunk").open().plan
+        assert plan.long_prompts is not None
+        assert plan.long_prompts.parts == 6  # 144 more are kept free for a template
 
 
 def test_an_option_that_describes_the_server_is_not_compared_with_it(tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ class _Counter:
         self._tokenizer = tokenizer
         self.expansion = max(_INDENTED, tokenizer.expansion if tokenizer else 1)
         empty = tokenizer.count_chat([{"role": "user", "content": ""}]) if tokenizer else None
+        self._templated = empty is not None
         self.base = empty or 0
 
     def most(self, raw: bytes) -> int:
@@ -227,7 +228,9 @@ class _Counter:
         if self._tokenizer is None:
             raise NoSplitError("its tokens are only estimated")
         answer = self._limited_answer(body)
-        fit = Fit(self.limit.context, answer, self._tokenizer, self.count, defaults)
+        # Exactly, also what is short: from an estimate, no part of about the right size is found.
+        count = partial(count_prompt, self._tokenizer)
+        fit = Fit(self.limit.context, answer, self._tokenizer, count, defaults, self._templated)
         return split_prompt(url, body, fit)
 
 

@@ -120,6 +120,7 @@ class Fit:
         tokenizer: of the model.
         count: returns the tokens of the prompt in a body.
         defaults: fields that the run fills into bodies.
+        templated: ``count`` includes the chat template of conversations.
     """
 
     context: int
@@ -127,13 +128,14 @@ class Fit:
     tokenizer: ModelTokenizer
     count: Callable[[str, Mapping[str, Any]], int]
     defaults: Mapping[str, Any]
+    templated: bool
 
     def room(self, url: str, body: Mapping[str, Any]) -> int:
         """Return the tokens that a prompt may have."""
         generates = url != EMBEDDINGS
         answer = self.answer or min(self.context // _ANSWER_SHARE, _MOST_ANSWER)
         messages = body.get("messages")
-        unknown = url == RESPONSES or (messages is not None and self.tokenizer.template is None)
+        unknown = url == RESPONSES or (messages is not None and not self.templated)
         template = _TEMPLATE + _OF_MESSAGE * len(messages or "1") if unknown else 0
         return self.context - answer * generates - template
 
@@ -148,9 +150,11 @@ def split_prompt(url: str, body: Mapping[str, Any], fit: Fit) -> Split:
     text, most = text_at(body, place), fit.room(url, body)
     rest = fit.count(url, with_text(body, place, ""))
     if most - rest < _FEWEST:
-        answer = f" and its answer {fit.answer:,}" if fit.answer else ""
+        kept = fit.context - most
+        also = f", and {kept:,} are kept free for the answer and the template" if kept else ""
         raise NoSplitError(
-            f"without its text it has {rest:,} tokens{answer}, which leaves no room for a part"
+            f"without its text it has {rest:,} tokens{also}: that leaves "
+            f"{max(0, most - rest):,} of {fit.context:,} for a part, which needs {_FEWEST} at least"
         )
 
     def excess(part: str) -> int:

@@ -50,7 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelTokenizer]:
 
 
 def fit_of(tokenizer: ModelTokenizer, context: int, answer: int = 0, **defaults: Any) -> Fit:
-    return Fit(context, answer, tokenizer, partial(count_prompt, tokenizer), defaults)
+    count, templated = partial(count_prompt, tokenizer), tokenizer.template is not None
+    return Fit(context, answer, tokenizer, count, defaults, templated)
 
 
 def chat(text: str, *others: str, **more: Any) -> dict[str, Any]:
@@ -200,7 +201,8 @@ LONG = "word " * 300
          "it has more than text"),
         (CHAT, {"messages": [{"role": "system", "content": LONG}]}, "no message of the user"),
         (CHAT, chat("short", LONG), "without its text it has 1,"),
-        (CHAT, chat(LONG), "and its answer 900, which leaves no room"),
+        (CHAT, chat(LONG), "and 900 are kept free for the answer and the template: that "
+         "leaves 0 of 512 for a part, which needs 16 at least"),
         (RERANK, {"query": "a", "documents": [LONG]}, "/v1/rerank compares texts"),
         (SCORE, {"text_1": "a", "text_2": LONG}, "/v1/score compares texts"),
     ],
@@ -208,7 +210,7 @@ LONG = "word " * 300
 def test_a_request_that_must_stay_whole_is_not_split(
     made: dict[str, ModelTokenizer], url: str, body: dict[str, Any], reason: str
 ) -> None:
-    answer = 900 if "answer 900" in reason else 0
+    answer = 900 if "900 are kept" in reason else 0
     with pytest.raises(NoSplitError) as caught:
         split_prompt(url, body, fit_of(made["bytewise"], 512, answer))
     assert reason in str(caught.value)

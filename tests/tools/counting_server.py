@@ -28,6 +28,7 @@ class CountingServer:
     Attributes:
         asked: paths of all calls with a body, in order.
         prompts: texts that were answered or refused.
+        wanted: how many answers each of these requests asked for.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CountingServer:
         self.characters = characters
         self.asked: list[str] = []
         self.prompts: list[str] = []
+        self.wanted: list[int | None] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
         self._server.owner = self  # type: ignore[attr-defined]
 
@@ -78,12 +80,17 @@ class CountingServer:
             return (404 if found is None else 200), found
         text = body["messages"][-1]["content"]
         self.prompts.append(text)
+        self.wanted.append(body.get("n"))
         tokens = self._count(self._template(body["messages"]))
         if tokens >= self.context:
             message = f"This model's maximum context length is {self.context} tokens. However, "
             return 400, {"error": {"message": f"{message}your prompt contains {tokens} tokens."}}
-        choice = {"index": 0, "message": {"content": text}, "finish_reason": "stop"}
-        return 200, {"model": body["model"], "choices": [choice]}
+        choices = [
+            {"index": index, "message": {"content": text}, "finish_reason": "stop"}
+            for index in range(body.get("n") or 1)
+        ]
+        usage = {"prompt_tokens": tokens, "completion_tokens": self._count(text)}  # of one answer
+        return 200, {"model": body["model"], "choices": choices, "usage": usage}
 
     def _tokens(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         if path == "/tokenize" and self.form == VLLM:

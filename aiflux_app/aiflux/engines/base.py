@@ -512,12 +512,15 @@ class Engine(Protocol):
     Attributes:
         client: client of its OpenAI API; a new one after each start.
         facts: what the status file shows about it.
+        generates_n: as of its kind, or False if it turned out to be a llama-server, which counts
+            the tokens of one answer only.
     """
 
     kind: EngineKind
     index: int
     client: Client
     facts: EngineFacts
+    generates_n: bool | None
 
     def start(self) -> None:
         """Start the server; return when the model answers. Called again after a crash.

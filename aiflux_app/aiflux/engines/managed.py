@@ -51,6 +51,7 @@ class ManagedEngine:
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         plan = spec.plan
         self.kind = kind
+        self.generates_n = kind.generates_n
         self.spec = spec
         self.index = spec.index
         self._options = plan.options

@@ -402,7 +402,7 @@ class Pool:
             return None
         if task.part is not None:  # it is sent again
             return task
-        one_each = self._links[lane.index].kind.generates_n is False
+        one_each = self._links[lane.index].generates_n is False
         one_each = one_each or task.request.url in self._one_each
         if not (one_each or parts.begun or parts.refused):
             task.part = WHOLE
@@ -575,7 +575,7 @@ class Pool:
 
     def _may_refuse_n(self, task: Task, link: Engine, verdict: Outcome) -> bool:
         """Return whether a server may have failed a request because it asks for several answers."""
-        return task.part == WHOLE and link.kind.generates_n is None and verdict.status in _REFUSES_N
+        return task.part == WHOLE and link.generates_n is None and verdict.status in _REFUSES_N
 
     def _ask_one_by_one(self, task: Task, lane: Lane) -> None:
         if task.parts is not None:

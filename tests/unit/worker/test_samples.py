@@ -25,10 +25,12 @@ from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode
 from aiflux.report.journal_summary import tally
 from aiflux.slurm.preflight.local import check_fields
+from tests.tools.counting_server import LLAMA, VLLM, CountingServer
 from tests.tools.faulty_engine import FaultyEngine, Reply
 from tests.unit.helpers import request_line
 from tests.unit.working import Working
 
+TOOLS = Path(__file__).parents[2] / "tools"
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer"}}}
 
 
@@ -93,6 +95,32 @@ def test_a_server_that_ignores_or_refuses_n_is_sent_it_once(tmp_path: Path, choi
         assert working.run() is ExitCode.OK
         sent = [body.get("n") for body in engine.bodies]
     assert sent == [3, *[None] * (5 if choices else 6)]
+
+
+@pytest.mark.parametrize("concurrency", [None, 1])
+def test_a_llama_server_at_an_address_is_asked_for_one_answer_at_a_time(
+    tmp_path: Path, concurrency: int | None
+) -> None:
+    """It would count the tokens of one answer only."""
+    with CountingServer(LLAMA, 4096) as server:
+        working = Working(tmp_path, server.url, concurrency=concurrency, samples=3)
+        assert working.prompts("abcd").run() is ExitCode.OK
+    assert server.wanted == [None] * 3
+    assert working.results[0]["output"]["usage"]["completion_tokens"] == 6
+    with CountingServer(VLLM, 4096) as server:
+        working = Working(tmp_path, server.url, "b.json", samples=3)
+        assert working.run() is ExitCode.OK
+    assert server.wanted == [3]
+
+
+def test_a_command_that_starts_a_llama_server_is_asked_in_the_same_way(tmp_path: Path) -> None:
+    program = f"{sys.executable} {TOOLS}/counting_server.py"
+    command = f"{program} --form llama --context 4096 --port {{port}}"
+    working = Working(
+        tmp_path, None, engine_command=command, model="m:1", allow_cpu=True, samples=3
+    )
+    assert working.prompts("abcd").run() is ExitCode.OK
+    assert working.results[0]["output"]["usage"]["completion_tokens"] == 6
 
 
 def test_the_answers_to_one_request_are_in_flight_side_by_side(tmp_path: Path) -> None:

@@ -200,7 +200,9 @@ class CommandEngine(ManagedEngine):
         facts = self.facts
         given = self._options.slots is not None or "slots" in self._named
         fetch = partial(get, client)
-        facts.slots = total_slots(fetch) or (self.slots if given else None)
+        slots = total_slots(fetch)
+        self.generates_n = self.kind.generates_n if slots is None else False
+        facts.slots = slots or (self.slots if given else None)
         facts.context_length = self._context if "context" in self._named else None
         facts.version = _version(fetch)
         facts.command = self._line

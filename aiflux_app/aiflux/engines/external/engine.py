@@ -37,6 +37,7 @@ class ExternalEngine:
         say: Callable[[str], None],
     ) -> None:
         self.kind = kind
+        self.generates_n = kind.generates_n
         self.index = 0
         self.url = public_url(url)
         self.client = make_client(url)
@@ -72,6 +73,8 @@ class ExternalEngine:
             self._closing.wait(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
         self._denied = self._status in _DENIED
+        self._slots = total_slots(partial(get, self.client))
+        self.generates_n = self.kind.generates_n if self._slots is None else False
 
     def stop(self) -> None:
         """Do nothing: the server is not ours."""
@@ -122,8 +125,7 @@ class ExternalEngine:
         return False
 
     def max_in_flight(self) -> int | None:
-        """Query the slots; return the requests that keep them busy, or None if unknown."""
-        self._slots = total_slots(partial(get, self.client))
+        """Return the requests that keep its slots busy, or None if their number is unknown."""
         if self._slots is None:
             return None
         self.facts.slots = self._slots

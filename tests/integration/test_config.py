@@ -22,7 +22,7 @@ def folder(user: User) -> Path:
     """A directory with an input and a minimal image file."""
     folder = user.folder("first settings, a folder")
     user.write(folder / "in.jsonl", json.dumps(REQUEST) + "\n")
-    make_sif(folder / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(folder / "aiflux.sif", version="1", cpu_only="no")
     return folder
 
 

@@ -188,7 +188,7 @@ class OneJobSlurm(FakeCommands):
         server = shlex.join([sys.executable, str(FAKE)])
         write_program(folder / "llama-server", f'#!/bin/sh\nexec {server} "$@"\n')
         put_model(folder / "models", "tiny:latest", make_tiny_gguf.tiny())
-        make_sif(folder / "aiflux-llamacpp.sif", version="0.1.0", cpu_only="yes", engine="llamacpp")
+        make_sif(folder / "aiflux-llamacpp.sif", version="1", cpu_only="yes", engine="llamacpp")
         monkeypatch.setenv("PATH", self.path)
         monkeypatch.setenv("AIFLUX_ENGINE_PROGRAM", str(folder / "llama-server"))
         monkeypatch.chdir(folder)

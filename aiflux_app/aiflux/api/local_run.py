@@ -27,7 +27,13 @@ from aiflux.engines.process import engine_program, find_program, named_program
 from aiflux.engines.ranks import refuse_several_nodes
 from aiflux.errors import ImageError, ModelError, StoppedError
 from aiflux.image.container import find_image, find_runtime, refuse_container
-from aiflux.image.sif import ImageFacts, own_image, refuse_other_engine, refuse_other_vendor
+from aiflux.image.sif import (
+    ImageFacts,
+    own_image,
+    refuse_other_engine,
+    refuse_other_vendor,
+    refuse_other_version,
+)
 from aiflux.slurm.preflight.nodes import check_names
 from aiflux.slurm.script import JobScript, package_command, render_local
 from aiflux.util.files import atomic_write, open_private, storage_error
@@ -123,6 +129,8 @@ def _image(kind: EngineKind, config: Config, folder: Path) -> ImageFacts | None:
     image = own_image(path)
     if program is None:
         refuse_other_engine(image, kind.name, kind.title)
+    if image.suits(kind.name):
+        refuse_other_version(image)
     return image if image.suits(kind.name) else None
 
 

@@ -26,7 +26,13 @@ from aiflux.image import base
 from aiflux.image.base import ENGINES
 from aiflux.image.container import find_image, find_runtime, is_chosen, probe_command
 from aiflux.image.run_tool import apptainer, ask, is_singularity_ce
-from aiflux.image.sif import how_to_build, machine_arch, read_image
+from aiflux.image.sif import (
+    how_to_build,
+    machine_arch,
+    older_version,
+    read_image,
+    refuse_other_version,
+)
 from aiflux.image.signing import diagnose
 from aiflux.models.name import DEFAULT_HOST
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
@@ -215,10 +221,14 @@ def gpus(
 
 def _image(path: Path) -> Iterator[Diagnosis]:
     image = read_image(path)
+    refuse_other_version(image)
     title = kind_named(image.engine).title if image.engine in KINDS else image.engine or "engine"
     engine = f"{title} {image.engine_version or '?'}"
     found = f"{path}: aiflux {image.fact('version')}, {engine}"
     yield ok("image", f"{found}, {image.arch or 'unknown architecture'}")
+    older = older_version(image)
+    if older is not None:
+        yield warn("image", *older)
     if image.arch not in (None, machine_arch(os.uname().machine)):
         yield warn(
             "image",

@@ -9,6 +9,7 @@ data objects, all little-endian and unpadded. Apptainer stores the labels in the
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import struct
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
+from aiflux import __version__
 from aiflux.core.config.engine_kinds import COMMAND, EXTERNAL
 from aiflux.core.config.settings import AMD, VENDOR_TITLES
 from aiflux.errors import ImageError
@@ -167,6 +169,45 @@ def refuse_other_vendor(image: ImageFacts, vendor: str) -> None:
             f"{build}, and name it: --image FILE; or correct --gpu-vendor; or run on the CPU: "
             "--allow-cpu",
         )
+
+
+def refuse_other_version(image: ImageFacts) -> None:
+    """Refuse an image that cannot read this command's plans: of another major version.
+
+    Raises:
+        ImageError: it is one.
+    """
+    found, own = _version(image.fact("version")), _version(__version__)
+    if found and own and found[0] != own[0]:
+        raise ImageError(
+            f"the image {image.path} has AI-Flux {image.fact('version')}, which cannot read the "
+            f"runs of this command ({__version__})",
+            how_to_build().replace("build it", "build it again", 1),
+        )
+
+
+def older_version(image: ImageFacts, command: str = __version__) -> tuple[str, str] | None:
+    """Return a warning and its remedy if the image may not know all of this command's settings.
+
+    The second number of a version changes with new settings; see ``docs/upgrading.md``.
+
+    Args:
+        command: version of the command.
+    """
+    found, own = _version(image.fact("version")), _version(command)
+    if len(found) < 2 or not found < own:
+        return None
+    return (
+        f"the image {image.path} has AI-Flux {image.fact('version')}, older than this command "
+        f"({command}): it refuses runs with settings that it does not know",
+        how_to_build().replace("build it", "build it again", 1),
+    )
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    """Return the first two numbers of a version; fewer where they are unknown."""
+    match = re.match(r"(\d+)(?:\.(\d+))?", text or "")
+    return tuple(int(number) for number in match.groups() if number) if match else ()
 
 
 def read_image(path: Path) -> ImageFacts:

@@ -513,6 +513,20 @@ def test_a_model_that_is_unknown_is_refused_at_once(place: Path) -> None:
         start_locally(place, engine="ollama", model="smolm2:135m")
 
 
+def test_an_image_of_another_major_version_is_refused_at_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = FakeCommands(tmp_path / "fakes")
+    fakes.say("apptainer")
+    monkeypatch.setenv("PATH", fakes.path)
+    write_prompts(place / "in.jsonl", "a")
+    image = make_sif(place / "aiflux.sif", version="0.1.0", engine="ollama", engine_version="0.33")
+    with pytest.raises(ImageError, match=r"has AI-Flux 0\.1\.0, which cannot read") as raised:
+        start_locally(place, engine="ollama", model="llama3.2:3b", image=str(image))
+    assert str(raised.value.remedy).startswith("build it again")
+    assert not (place / "out.json.aiflux").exists()
+
+
 def test_in_an_image_the_script_of_a_job_runs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

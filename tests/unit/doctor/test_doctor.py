@@ -125,10 +125,10 @@ def test_container_and_image_are_described(
     commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, awkward: Path
 ) -> None:
     commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
-    image = make_sif(awkward / "a.sif", os_arch(), version="0.1.0", ollama="0.9.3", cpu_only="yes")
+    image = make_sif(awkward / "a.sif", os_arch(), version="1", ollama="0.9.3", cpu_only="yes")
     found = of_containers(commands, monkeypatch, image)
     assert found["apptainer"][0].what == "apptainer version 1.4.5"
-    assert "aiflux 0.1.0, Ollama 0.9.3" in found["image"][0].what
+    assert "aiflux 1, Ollama 0.9.3" in found["image"][0].what
     assert "CPU-only" in found["image"][1].what
     assert found["sealing"][0].level == "ok"
     (probe,) = [call for call in commands.calls("apptainer") if call.argv[0] == "exec"]
@@ -144,6 +144,17 @@ def test_an_image_for_another_architecture_is_reported_with_its_name(
     found = of_containers(commands, monkeypatch, make_sif(tmp_path / "a.sif", other, version="1"))
     (warning,) = [line for line in found["image"] if line.what.startswith("the image is for")]
     assert warning.fix.startswith(f"check that the compute nodes are {other}, or")
+
+
+def test_an_image_of_another_major_version_is_a_failure(
+    commands: FakeCommands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
+    image = make_sif(tmp_path / "a.sif", os_arch(), version="0.1.0")
+    (line,) = of_containers(commands, monkeypatch, image)["image"]
+    assert line.level == "fail"
+    assert "has AI-Flux 0.1.0" in line.what
+    assert line.fix.startswith("build it again: make ")
 
 
 def os_arch() -> str:
@@ -326,7 +337,7 @@ def test_the_command_prints_all_sections(
     monkeypatch.setenv("PATH", str(commands.folder) + ":/usr/bin:/bin")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     commands.add("apptainer", APPTAINER.format(version="1.4.5", libexec="/none", seals=0))
-    make_sif(tmp_path / "aiflux.sif", os_arch(), version="0.1.0", cpu_only="no")
+    make_sif(tmp_path / "aiflux.sif", os_arch(), version="1", cpu_only="no")
     for name in ("sbatch", "squeue", "scancel"):
         commands.say(name)
     FakeSite().install(commands)

@@ -89,7 +89,7 @@ def test_problems_of_jobs_are_listed_unless_the_checks_are_skipped(
     assert "2 problems found" in text
     assert "aiflux.sif" in text
     assert "did you mean llama3.2:3b?" in text
-    make_sif(image, version="0.1.0", ollama="0.13.3")
+    make_sif(image, version="1", ollama="0.13.3")
     assert "did you mean llama3.2:3b?" in refused(RunningGateway(tmp_path, options))
     assert slurm.calls("sbatch") == []
     running = RunningGateway(tmp_path, ["--no-preflight", *options])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aiflux.errors import ImageError
-from aiflux.image.sif import machine_arch, read_image
+from aiflux.image.sif import machine_arch, older_version, read_image
 from tests.tools.make_sif import make_raw_sif, make_sif
 
 
@@ -19,6 +19,27 @@ def test_architecture_and_labels(awkward: Path, machine: str, arch: str) -> None
     assert image.cpu_only
     assert image.fact("version") == "1.2"
     assert image.fact("ollama") is None
+
+
+@pytest.mark.parametrize(
+    ("image", "command", "warns"),
+    [
+        ("1.2.0", "1.3.0", True),
+        ("1.9.0", "1.10.0", True),
+        ("1.3.0", "1.3.1", False),
+        ("1.4.0", "1.3.0", False),
+        ("1", "1.3.0", False),
+        ("?", "1.3.0", False),
+    ],
+)
+def test_an_image_with_an_older_second_number_is_a_warning(
+    tmp_path: Path, image: str, command: str, warns: bool
+) -> None:
+    found = older_version(read_image(make_sif(tmp_path / "a.sif", version=image)), command)
+    assert (found is not None) is warns
+    if found is not None:
+        assert f"has AI-Flux {image}, older than this command ({command})" in found[0]
+        assert found[1] == "build it again: make image"
 
 
 def test_an_image_without_labels_is_not_cpu_only(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def slurm(tmp_path: Path, awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     monkeypatch.setenv("PATH", fakes.path)
     monkeypatch.chdir(awkward)
     write_input(awkward / "in.jsonl", 40)
-    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(awkward / "aiflux.sif", version="1", cpu_only="no")
     return fakes
 
 

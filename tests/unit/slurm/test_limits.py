@@ -51,7 +51,7 @@ def site(tmp_path: Path, awkward: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setenv("AIFLUX_SITE_CONFIG", str(file))
     monkeypatch.chdir(awkward)
     write_input(awkward / "in.jsonl", 40)
-    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(awkward / "aiflux.sif", version="1", cpu_only="no")
     return file
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aiflux import __version__
 from aiflux.core.batch.input_file import scan_input
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import RunOptions
@@ -41,6 +42,7 @@ HERE = platform.machine()
 OTHER = "arm64" if HERE == "x86_64" else "amd64"
 
 OLLAMA = kind_named("ollama")
+MAJOR, MINOR = (int(number) for number in __version__.split(".")[:2])
 
 
 @pytest.fixture
@@ -273,6 +275,29 @@ def test_an_image_for_another_architecture_is_found(tmp_path: Path) -> None:
     (mixed,) = check_image(image, {"x86_64", "aarch64"}, OLLAMA, certain=True, **wants)
     assert [certain.level, guessed.level, mixed.level] == ["error", "warning", "warning"]
     assert "--constraint" in mixed.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "levels"),
+    [
+        ("0.1.0", ["error"]),
+        (f"{MAJOR + 1}.0.0", ["error"]),
+        (f"{MAJOR}.{MINOR}.99", []),
+        (f"{MAJOR}.{MINOR + 1}.0", []),
+        (str(MAJOR), []),
+        ("unknown", []),
+    ],
+)
+def test_an_image_of_another_major_version_is_refused(
+    tmp_path: Path, version: str, levels: list[str]
+) -> None:
+    image = make_sif(tmp_path / "a.sif", version=version)
+    wants = {"certain": True, "wants_gpus": False, "allow_cpu": False}
+    found = [*check_image(image, {"x86_64"}, OLLAMA, **wants)]
+    assert [finding.level for finding in found] == levels
+    for finding in found:
+        assert f"has AI-Flux {version}, which cannot read" in finding.what
+        assert finding.fix == "build it again: make image"
 
 
 @pytest.mark.parametrize(

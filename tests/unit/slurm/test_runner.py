@@ -46,7 +46,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
 @pytest.fixture
 def workspace(awkward: Path) -> Path:
     write_input(awkward / "in.jsonl", 3)
-    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(awkward / "aiflux.sif", version="1", cpu_only="no")
     return awkward
 
 

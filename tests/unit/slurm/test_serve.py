@@ -53,7 +53,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommands:
     fakes = waiting_slurm(tmp_path / "bin", monkeypatch)
     fakes.add("scontrol", f"case \"$*\" in *config*) echo 'ClusterName = c' ;; *node*) "
               f"printf %b {json.dumps(NODES)} ;; esac\n")  # fmt: skip
-    make_sif(tmp_path / "aiflux-llamacpp.sif", version="0.1.0", cpu_only="yes", engine="llamacpp")
+    make_sif(tmp_path / "aiflux-llamacpp.sif", version="1", cpu_only="yes", engine="llamacpp")
     put_model(tmp_path / "models", "tiny:latest", make_tiny_gguf.tiny())
     monkeypatch.chdir(tmp_path)
     return fakes

@@ -29,9 +29,11 @@ from aiflux.image.sif import (
     ImageFacts,
     how_to_build,
     machine_arch,
+    older_version,
     own_image,
     refuse_other_engine,
     refuse_other_vendor,
+    refuse_other_version,
 )
 from aiflux.util.files import may_write
 from aiflux.util.text import counted, size_text
@@ -121,7 +123,7 @@ def check_image(
     allow_cpu: bool,
     vendor: str | None = None,
 ) -> Iterator[Finding]:
-    """Check that the image is readable, fits the machines, and can use GPUs if it gets any.
+    """Check that the image is readable, of this version, fits the machines and can use its GPUs.
 
     Args:
         kind: of the run's engine, which the image must contain.
@@ -132,6 +134,7 @@ def check_image(
     """
     try:
         image = own_image(path)
+        refuse_other_version(image)
         if kind.program:
             refuse_other_engine(image, kind.name, kind.title)
         if wants_gpus and vendor is not None and not allow_cpu:
@@ -139,6 +142,9 @@ def check_image(
     except ImageError as error:
         yield finding_of(error)
         return
+    older = older_version(image)
+    if older is not None:
+        yield Finding("warning", *older)
     yield from _check_architecture(image, machines, certain)
     if image.cpu_only and wants_gpus and not allow_cpu:
         yield Finding(

@@ -90,7 +90,7 @@ def planned(folder: Path, environ: Mapping[str, str]) -> tuple[dict[str, Any], s
 def test_a_promised_variable_changes_the_run(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    make_sif(folder / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(folder / "aiflux.sif", version="1", cpu_only="no")
     value, where, expected = PROMISED[name]
     value = value.replace("FOLDER", str(folder))
     fixed = dict(IN_ADDITION.get(name, {}))

@@ -39,7 +39,14 @@ from aiflux.engines.ollama.pull import create_model
 from aiflux.engines.ollama.staging import read_staged_gguf
 from aiflux.engines.process import engine_program
 from aiflux.engines.ranks import Ranks, refuse_several_nodes
-from aiflux.errors import AifluxError, ExitCode, RequeueError, UsageError, describe
+from aiflux.errors import (
+    AifluxError,
+    ExitCode,
+    RequeueError,
+    RunConflictError,
+    UsageError,
+    describe,
+)
 from aiflux.estimates.estimate import carry_estimate
 from aiflux.image.container import local_choices
 from aiflux.models.name import parse_model_name
@@ -48,7 +55,7 @@ from aiflux.util.process_limits import exhaustion_stops
 from aiflux.util.streams import open_streams
 from aiflux.worker.progress import make_reporter
 from aiflux.worker.serve import serve
-from aiflux.worker.shard import Context, prepare, work
+from aiflux.worker.shard import Context, note_unread_plan, prepare, work
 from aiflux.worker.stop import Stopper
 
 _EPILOG = """\
@@ -185,8 +192,12 @@ def create(model: str, config: Config, context: Context) -> None:
 def _work_on_plan(arguments: argparse.Namespace, context: Context) -> None:
     run = RunDirectory(Path(arguments.run_dir).absolute())
     run.refuse_foreign()
-    with context.stopper.raising():
-        plan = read_plan(run)
+    try:
+        with context.stopper.raising():
+            plan = read_plan(run)
+    except RunConflictError as error:
+        note_unread_plan(run, arguments.shard, context, error)
+        raise
     if not 0 <= arguments.shard < len(plan.shards):
         raise UsageError(
             f"the plan has no shard {arguments.shard}", f"shards are 0 to {len(plan.shards) - 1}"

@@ -27,6 +27,7 @@ from aiflux.core.runs.plan import (
     Plan,
     Shard,
     changed_input,
+    read_known_part,
     read_plan,
     refuse_changed_input,
     same_work,
@@ -140,6 +141,17 @@ def prepare(plan: Plan, run: RunDirectory, shard_index: int, context: Context) -
         with suppress(AifluxError), acquire(run.lease(shard_index), f"the run {plan.output}"):
             _note_failed_start(plan, run, shard_index, context, error)
         raise
+
+
+def note_unread_plan(
+    run: RunDirectory, shard: int, context: Context, error: RunConflictError
+) -> None:
+    """Record in a shard's status that its plan was refused, if it suffices for a status."""
+    with suppress(AifluxError):
+        plan = read_known_part(run)
+        if plan is not None and 0 <= shard < len(plan.shards):
+            with acquire(run.lease(shard), f"the run {plan.output}"):
+                _note_failed_start(plan, run, shard, context, error)
 
 
 def _note_failed_start(

@@ -468,6 +468,35 @@ def test_a_start_that_finds_no_model_leaves_its_reason_in_the_status(
     assert view.shards[1].sealed is None
 
 
+@pytest.mark.parametrize("first", [["--prepare"], []])
+def test_a_start_that_cannot_read_its_plan_leaves_its_reason_in_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: list[str]
+) -> None:
+    """The image is older than the command, which wrote a setting that the worker does not know."""
+    working = Working(tmp_path, None, models_dir=tmp_path / "models", model="m:1")
+    run = working.prompts("one", "two").open(shards=2).run
+    own = run.plan.read_bytes()
+    newer = json.loads(own)
+    newer["options"]["hologram"] = True
+    run.plan.write_text(json.dumps(newer), encoding="utf-8")
+    assert main(["--run-dir", str(run.path), *first, "--shard", "1"]) == 2
+    assert "options hologram are not known here" in capsys.readouterr().err
+    run.plan.write_bytes(own)  # the command can read it
+    view = gather(run)
+    assert [shard.state.value for shard in view.shards] == ["not submitted", "failed"]
+    assert view.shards[1].exit_code == 2
+    assert "options hologram are not known here" in view.shards[1].reason
+    assert "build the image again" in view.remedy
+
+
+def test_a_damaged_plan_leaves_no_status(tmp_path: Path) -> None:
+    working = Working(tmp_path, None, models_dir=tmp_path / "models", model="m:1")
+    run = working.prompts("one").open().run
+    run.plan.write_text("{", encoding="utf-8")
+    assert main(["--run-dir", str(run.path)]) == 2
+    assert not working.status_file.exists()
+
+
 def test_a_start_next_to_a_working_one_leaves_its_status_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -541,6 +541,12 @@ def write_plan(plan: Plan, run: RunDirectory) -> None:
     write_json(run.plan, plan.to_json())
 
 
+_OTHER_VERSION = (
+    "finish the run with the AI-Flux that began it, or build the image again (make image) if it is "
+    "older than the command, or choose another output"
+)
+
+
 def read_plan(run: RunDirectory) -> Plan:
     """Read ``plan.json``.
 
@@ -556,20 +562,20 @@ def read_plan(run: RunDirectory) -> Plan:
         if content["version"] != PLAN_VERSION:
             raise RunConflictError(
                 f"{run.plan} is a plan of version {content['version']}; this is {PLAN_VERSION}",
-                "finish the run with the AI-Flux that began it, or choose another output",
+                _OTHER_VERSION,
             )
         strange = content["options"].keys() - {item.name for item in fields(RunOptions)}
         if strange:
             raise RunConflictError(
                 f"{run.plan} was made by another AI-Flux ({content['aiflux']}; this is "
                 f"{__version__}): options {', '.join(sorted(strange))} are not known here",
-                "finish the run with the AI-Flux that began it, or choose another output",
+                _OTHER_VERSION,
             )
         return _from_json(content)
     except ConfigError as error:
         raise RunConflictError(
             f"{run.plan} was made by another AI-Flux, or is damaged: {error.message}",
-            "finish the run with the AI-Flux that began it, or choose another output",
+            _OTHER_VERSION,
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunConflictError(
@@ -577,6 +583,23 @@ def read_plan(run: RunDirectory) -> Plan:
             "the results so far are in the journal next to it: move the run directory away "
             f"(mv {quote(str(run.path))} ELSEWHERE), or choose another output",
         ) from error
+
+
+def read_known_part(run: RunDirectory) -> Plan | None:
+    """Return a plan that ``read_plan`` refuses, without the options that are not known here.
+
+    Returns:
+        what suffices to write a status; None if that is not possible, or the plan's id is another.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        content = json.loads(read_file(run.plan) or b"")
+        plan = _from_json(content)
+        return plan if plan.id == content["id"] else None
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _from_json(content: dict[str, Any]) -> Plan:

@@ -85,7 +85,7 @@ class Sweep:
 def _engine_count(settings: Mapping[str, Any], *, local: bool) -> int:
     """Return how many engines the worker will start: one for each group of GPUs."""
     config = Config(arguments=settings)
-    options = config.run_options()
+    options = config.run_options(tune=False)
     if not engine_kind(options).managed or options.nodes_per_engine > 1:
         return 1
     if local:
@@ -170,7 +170,7 @@ def tracks(sweep: Sweep) -> list[_Track]:
     """
     found = []
     for settings in sweep.engines:
-        options = Config(arguments=settings).run_options()
+        options = Config(arguments=settings).run_options(tune=False)
         if options.model is None and isinstance(sweep.prompts, Mix):
             raise UsageError(
                 "aiflux benchmark needs a model: the prompts of a mix name none", "add --model NAME"

@@ -179,7 +179,7 @@ def plan_pilots(all_: Sequence[Asked]) -> list[PlannedPilot]:
     for asked in all_:
         with named_engine(asked):
             # A sample is too short for it, and each point of a benchmark has its own settings.
-            options = replace(asked.config.run_options(), tune=False)
+            options = asked.config.run_options(tune=False)
             rules.append((options, input_rules(engine_kind(options), options)))
     scanned = {name: rule for _, each in rules for name, rule in each.ignored_fields.items()}
     options, first = rules[0]

@@ -86,7 +86,7 @@ def serve_options(config: Config, slurm: SlurmConfig) -> RunOptions:
         changes["engine"] = "vllm" if hub else "llamacpp"
     if config.values["gpus_per_engine"].origin == "default":
         changes["gpus_per_engine"] = max(1, sum(requested_gpus(slurm).values()))
-    options = config.run_options(**changes)
+    options = config.run_options(tune=False, **changes)
     kind = engine_kind(options)
     if not kind.managed:
         raise ConfigError(

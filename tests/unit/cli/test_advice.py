@@ -299,6 +299,25 @@ def test_a_dry_run_needs_no_slurm_and_with_an_engine_no_image(tmp_path: Path) ->
     assert not (tmp_path / "out.json.aiflux").exists()
 
 
+def test_a_dry_run_shows_that_the_run_is_tuned_and_its_resources(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    make_sif(tmp_path / "aiflux.sif", version="1.0.0")
+    words = ("run", "--dry-run", "--input", "in.jsonl", "--output", "out.json", "--no-preflight")
+    done = aiflux(*words, "--tune", "--cpus-per-task", "1", cwd=tmp_path)
+    assert "  tuning     the first requests try several numbers of slots" in done.stdout, (
+        done.stderr
+    )
+    assert ", 1 CPU core, " in done.stdout
+    assert "tuning" not in aiflux(*words, cwd=tmp_path).stdout
+
+
+def test_an_estimate_does_not_offer_to_tune(tmp_path: Path) -> None:
+    write_input(tmp_path / "in.jsonl", 1)
+    done = aiflux("estimate", "in.jsonl", "--tune", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--tune" in done.stderr
+
+
 def test_a_dry_run_with_a_server_of_its_own_shows_the_command(tmp_path: Path) -> None:
     write_input(tmp_path / "in.jsonl", 1)
     command = "vllm serve {model} --uds {socket}"

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from aiflux.core.config.config import Config
 from aiflux.core.runs.status_file import Tuning
 from aiflux.engines.base import SlotLimits
 from aiflux.engines.sizing import in_flight
-from aiflux.errors import ExitCode
+from aiflux.errors import ConfigError, ExitCode
 from aiflux.worker.tuning import LONGEST, Start, Tuner
 from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import until
@@ -374,6 +375,36 @@ def test_a_run_that_ends_first_says_so(tuned: Callable[..., Working]) -> None:
     assert tuning_of(working)["note"] == "the requests ended before"
     (line,) = [each for each in working.reporter.messages if each.startswith("tun")]
     assert line.startswith("tuning did not finish (the requests ended before)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "words", "remedy"),
+    [
+        (
+            "  concurrency: 4",
+            {"tune": True},
+            "tune (argument) and concurrency = 4 ({file}, line 2)",
+            "to tune, remove concurrency from {file}, line 2; to keep 4, omit --tune",
+        ),
+        (
+            "  tune: true",
+            {"concurrency": 4},
+            "tune ({file}, line 2) and concurrency = 4 (argument)",
+            "to tune, omit --concurrency; to keep 4, give --no-tune",
+        ),
+    ],
+)
+def test_the_refusal_of_tune_with_concurrency_shows_where_each_is_from(
+    tmp_path: Path, lines: str, arguments: dict[str, Any], words: str, remedy: str
+) -> None:
+    (tmp_path / "aiflux.yaml").write_text(f"run:\n{lines}\n")
+    config = Config(arguments=arguments, directory=tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        config.run_options()
+    file = tmp_path / "aiflux.yaml"
+    assert words.format(file=file) in caught.value.message
+    assert remedy.format(file=file) == caught.value.remedy
+    assert not config.run_options(tune=False).tune  # as for a pilot
 
 
 @pytest.mark.parametrize(

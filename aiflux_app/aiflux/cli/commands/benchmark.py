@@ -226,7 +226,7 @@ def _settings(measuring: Measuring, point: Point) -> dict[str, Any]:
     Variables of the engine are left out, as they can contain secrets.
     """
     given = measuring.settings_of(point)
-    options = Config(arguments=given).run_options()
+    options = Config(arguments=given).run_options(tune=False)
     own = not (options.engine_url or options.engine_command)
     found = {
         "engine_url": None if options.engine_url is None else public_url(options.engine_url),

@@ -99,7 +99,7 @@ STEPS_SUFFIXES = (".yaml", ".yml")
     help="Skip the checks of Slurm, image and disk space",
 )
 @json_option("Print everything as JSON")
-@settings_options("run", "slurm", "paths", "accounting", repeatable=["engine"])
+@settings_options("run", "slurm", "paths", "accounting", repeatable=["engine"], without=["tune"])
 def estimate(
     input_argument: str | None, input_option: str | None, output: str | None, **more: Any
 ) -> int:

@@ -421,6 +421,8 @@ def _plan_facts(plan: Plan, planned: PlannedRun | None) -> Iterator[tuple[str, s
         yield "engine", options.engine_command
     if plan.engine_settings:
         yield "server", " ".join(settings_texts(plan.engine_settings))
+    if options.tune:
+        yield "tuning", "the first requests try several numbers of slots and requests in flight"
     if planned is None:
         yield "where", "on this machine, in the foreground"
         return
@@ -454,7 +456,7 @@ def _resources(slurm: SlurmConfig) -> Iterator[str]:
     elif slurm.gpus_per_node != "0":
         yield f"GPUs {slurm.gpus_per_node}"
     if slurm.cpus_per_task:
-        yield f"{slurm.cpus_per_task} CPU cores"
+        yield counted(slurm.cpus_per_task, "CPU core")
     if slurm.mem:
         yield f"memory {slurm.mem}"
     if slurm.time:

@@ -211,10 +211,12 @@ class Config:
         """Return the options of a run; ``overrides`` that are not None take precedence.
 
         Raises:
-            ConfigError: a value is wrong, or the API key would go to an address of a file of the
-                current directory.
+            ConfigError: a value is wrong or contradicts another, or the API key would go to an
+                address of a file of the current directory.
         """
         self._refuse_key(overrides)
+        if overrides.get("tune") is None and overrides.get("concurrency") is None:
+            _refuse_tuned_concurrency(self.values)
         names = [item.name for item in fields(RunOptions) if item.name in BY_NAME]
         values = {name: self.get(name) for name in names}
         values["model_defaults"] = self.catalog().all_defaults
@@ -293,6 +295,22 @@ def _of_model(
     for name, value in given.items():
         if values[name].origin == "default":
             yield name, SourcedValue(value, origin)
+
+
+def _refuse_tuned_concurrency(values: Mapping[str, SourcedValue]) -> None:
+    """Refuse ``tune`` with ``concurrency``; show where each is from, and what to change there."""
+    tune, count = values["tune"], values["concurrency"]
+    if not tune.value or count.value is None:
+        return
+    no_count = "omit --concurrency"
+    if count.origin != "argument":
+        no_count = f"remove concurrency from {count.origin}"
+    raise ConfigError(
+        f"tune ({tune.origin}) and concurrency = {count.value} ({count.origin}) cannot be "
+        "combined: one looks for the number of requests in flight, the other sets it",
+        f"to tune, {no_count}; to keep {count.value}, "
+        f"{'omit --tune' if tune.origin == 'argument' else 'give --no-tune'}",
+    )
 
 
 def _parsed(section: str, given: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Simulation:
     Args:
         slots: what it starts with.
         most: slots with which it still starts.
-        refused: why the engine does not start again, once it has started so many times.
+        refused: why the engine does not start again, once it has started this often.
     """
 
     def __init__(

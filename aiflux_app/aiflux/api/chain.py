@@ -8,11 +8,14 @@ from shlex import quote
 from typing import Any
 
 from aiflux.converters.chain.folder import ChainFolder, ChainRecord, StepRecord
-from aiflux.converters.chain.steps_file import chain_output
+from aiflux.converters.chain.steps_file import Step, chain_output
 from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.core.runs.plan import refuse_options
 from aiflux.core.runs.status_file import file_change
-from aiflux.errors import ConfigError, ExitCode, SlurmError
+from aiflux.engines.kinds import engine_kind
+from aiflux.errors import ConfigError, ExitCode, SlurmError, UsageError
+from aiflux.models.endpoints import ENDPOINTS
 from aiflux.slurm.commands import task_states
 from aiflux.slurm.jobs import JobId, read_submissions
 from aiflux.slurm.monitor import gather
@@ -176,6 +179,20 @@ def answering(options: RunOptions) -> dict[str, Any]:
     if options.engine_command is not None:
         named["engine_command"] = options.engine_command
     return {**named, **options.parameters, **options.engine_settings}
+
+
+def refuse_settings(step: Step, options: RunOptions) -> None:
+    """Refuse settings of a step that contradict each other, before the earlier ones are paid for.
+
+    Raises:
+        ConfigError, InputError: names the step.
+    """
+    _, form = step.prompt_and_form
+    try:
+        refuse_options(options, engine_kind(options), {ENDPOINTS[form.endpoint].url: 1})
+    except UsageError as error:
+        message = f"{step.place}: {error.message}"
+        raise type(error)(message, error.remedy) from error
 
 
 def find_chain(text: str) -> ChainFolder | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aiflux.api.chain import answering, step_view
+from aiflux.api.chain import answering, refuse_settings, step_view
 from aiflux.api.run import Run, run
 from aiflux.converters.chain.folder import ChainRuns, StepRecord
 from aiflux.converters.chain.steps_file import layered, read_chain
@@ -55,6 +55,8 @@ def chain(
     options_of = {
         name: runner.configured(**settings)[0].run_options() for name, settings in given.items()
     }
+    for step in runs.chain.steps:
+        refuse_settings(step, options_of[step.name])
     made_with = [answering(each) for each in options_of.values()]
     active = [name for name in runs.names if _active(runs, name)]
     runs.begin(made_with, force=force, active=active)

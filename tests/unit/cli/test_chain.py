@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aiflux.api.chain_run import chain as run_chain
 from aiflux.cli.main import main
 from aiflux.converters.chain.folder import ChainRuns
 from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
+from aiflux.errors import UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.fake_commands import FakeCommands
 
@@ -1041,6 +1043,29 @@ def test_a_wrong_file_is_refused_before_anything_is_sent(
     assert expected in capsys.readouterr().err
     assert not engine.seen
     assert not [*place.glob("out.csv*")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("tune: true", "--tune starts the engine"), ("nodes_per_engine: 2", "nodes_per_engine = 2")],
+)
+def test_settings_of_a_later_step_that_cannot_work_are_refused_before_anything_is_sent(
+    place: Path,
+    engine: FaultyEngine,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    expected: str,
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(f"{TWO}  {setting}\n")
+    assert chain(engine) == 2
+    error = capsys.readouterr().err
+    assert "(steps.second)" in error
+    assert expected in error
+    assert not engine.seen
+    with pytest.raises(UsageError, match=r"steps\.second"):
+        run_chain("steps.yaml", engine_url=engine.url)
+    assert not engine.seen
 
 
 def test_a_file_that_others_can_write_decides_nothing(

@@ -11,7 +11,14 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from aiflux.api.chain import NOT_STARTED, StepView, answering, chain_view, step_view
+from aiflux.api.chain import (
+    NOT_STARTED,
+    StepView,
+    answering,
+    chain_view,
+    refuse_settings,
+    step_view,
+)
 from aiflux.cli.commands.convert import show_trial
 from aiflux.cli.commands.status import follow
 from aiflux.cli.json_output import json_option, print_json
@@ -143,6 +150,7 @@ class ChainWork:
                 raise UsageError(
                     f"{step.place}: the step has no model", "add model: llama3.2:3b, or use --model"
                 )
+            refuse_settings(step, config.run_options())
             found[step.name] = config
         return found
 

@@ -390,6 +390,25 @@ def input_rules(kind: PlanningKind, options: RunOptions) -> InputRules:
     )
 
 
+def refuse_options(options: RunOptions, kind: PlanningKind, endpoints: Mapping[str, int]) -> None:
+    """Refuse options that contradict each other, or do not suit the engine.
+
+    Args:
+        endpoints: number of requests for each url.
+
+    Raises:
+        ConfigError, InputError: names the options.
+    """
+    if options.replace_model and not options.model:
+        raise ConfigError("--replace-model needs a model", "name it with --model")
+    _refuse_samples(options, endpoints)
+    _refuse_nodes(options, kind)
+    _refuse_tuning(options, kind)
+    kind.refuse_run(options, endpoints)
+    if options.model:
+        kind.distinct_models([options.model])
+
+
 def make_plan(
     summary: InputSummary,
     output: Path,
@@ -407,12 +426,7 @@ def make_plan(
         InputError: no model is named.
         ConfigError: a model's name is wrong, or an option does not suit the engine.
     """
-    if options.replace_model and not options.model:
-        raise ConfigError("--replace-model needs a model", "name it with --model")
-    _refuse_samples(options, summary.endpoints)
-    _refuse_nodes(options, kind)
-    _refuse_tuning(options, kind)
-    kind.refuse_run(options, summary.endpoints)
+    refuse_options(options, kind, summary.endpoints)
     named = [name for name in summary.models if name not in options.lora]
     names = [options.model] if options.model else named
     if not names:

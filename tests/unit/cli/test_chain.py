@@ -610,7 +610,9 @@ third:
     assert printed.startswith("out.csv  finished with failures\n")
     assert re.search(r"second +finished with failures +2/2 +1", printed)
     assert re.search(r"third +not started", printed)
-    assert f"next: aiflux chain {place}/steps.yaml --retry-failed\n" in printed
+    assert (
+        f"next: aiflux chain {place}/steps.yaml --retry-failed (with the same options)\n" in printed
+    )
     assert chain(engine) == 3, "the same command does not hide the failure"
     before = engine.seen.total()
     assert chain(engine, "--max-failures", "1") == 0
@@ -1151,7 +1153,10 @@ def test_one_status_and_one_report(
     assert "is a chain of several runs" in error
     assert "out.csv.aiflux/steps/first.json" in error
     assert main(["resume", "out.csv"]) == 2
-    assert f"continue it: aiflux chain {place}/steps.yaml" in capsys.readouterr().err
+    assert (
+        f"continue it, with the same options: aiflux chain {place}/steps.yaml"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_chain_that_stopped_between_two_steps(
@@ -1168,7 +1173,10 @@ def test_a_chain_that_stopped_between_two_steps(
     assert main(["status", "other.csv"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("other.csv  stopped\n")
-    assert f"next: aiflux chain {place}/steps.yaml --output {place}/other.csv\n" in printed
+    assert (
+        f"next: aiflux chain {place}/steps.yaml --output {place}/other.csv (with the same options)\n"
+        in printed
+    )
 
 
 # --- estimates --------------------------------------------------------------------------------
@@ -1459,7 +1467,10 @@ def test_the_pilot_of_a_chain_in_slurm(
     assert re.search(r"step third\n(.*\n)+recommended: one job of 00:", printed)
     assert "full chain, with shards and time of each step in its file:\n" in printed
     assert main(["status", "out.csv.pilot/results.json"]) == 0
-    assert f"next: aiflux estimate {place}/steps.yaml" in capsys.readouterr().out
+    again = f"aiflux estimate {place}/steps.yaml"
+    assert f"next: {again} (with the same options)\n" in capsys.readouterr().out
+    assert main(["cancel", "out.csv.pilot/results.json"]) == 0
+    assert f"continue it, with the same options: {again}\n" in capsys.readouterr().out
     assert len(fakes.calls("sbatch")) == 3
 
 

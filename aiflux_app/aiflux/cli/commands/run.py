@@ -289,7 +289,8 @@ def resume(
         from aiflux.api.chain import chain_view
 
         raise UsageError(
-            f"{run!r} is a chain of several runs", f"continue it: {chain_view(chain).command}"
+            f"{run!r} is a chain of several runs",
+            f"continue it, with the same options: {chain_view(chain).command}",
         )
     directory = located(run)
 

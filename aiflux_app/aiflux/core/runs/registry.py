@@ -223,6 +223,14 @@ def _from_json(content: dict[str, Any]) -> RegistryEntry:
 Ask = Callable[[str], Path | None]
 
 
+def _planned(run_dir: Path) -> float:
+    """Return when a run was planned; 0 before."""
+    try:
+        return RunDirectory(run_dir).plan.stat().st_mtime
+    except OSError:
+        return 0
+
+
 def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> RunDirectory:
     """Return the run that ``text`` names. An existing path takes precedence over a job id.
 
@@ -255,7 +263,8 @@ def find_run(text: str, environ: Mapping[str, str], ask: Ask | None = None) -> R
         if steps:
             raise UsageError(
                 f"{text!r} is a chain of several runs",
-                f"name one of its steps: {steps[0].with_suffix('')}; "
+                "name one of its steps, such as the last that began: "
+                f"{max(steps, key=_planned).with_suffix('')}; "
                 "the same `aiflux chain` command continues all of them",
             )
     raise UsageError(

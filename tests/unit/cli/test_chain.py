@@ -1173,10 +1173,8 @@ def test_a_chain_that_stopped_between_two_steps(
     assert main(["status", "other.csv"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("other.csv  stopped\n")
-    assert (
-        f"next: aiflux chain {place}/steps.yaml --output {place}/other.csv (with the same options)\n"
-        in printed
-    )
+    again = f"aiflux chain {place}/steps.yaml --output {place}/other.csv"
+    assert f"next: {again} (with the same options)\n" in printed
 
 
 # --- estimates --------------------------------------------------------------------------------
@@ -1395,6 +1393,12 @@ def test_the_jobs_of_later_steps_are_checked_before_the_first_is_submitted(
     assert "no image aiflux-llamacpp.sif" in error
     assert "aiflux models pull m:1" in error
     assert not fakes.calls("sbatch")
+    steps(TWO, more="engine: llamacpp\ngpus_per_node: 0\n")
+    assert main(["chain", "steps.yaml", "--no-wait"]) == 2
+    error = capsys.readouterr().err
+    assert "error: steps first, second: 2 problems found; no job was submitted" in error
+    assert error.count("no image aiflux-llamacpp.sif") == 1
+    assert not fakes.calls("sbatch")
     steps(TWO, more=all_steps)
     assert main(["chain", "steps.yaml", "--no-wait"]) == 0
     assert len(fakes.calls("sbatch")) == 2
@@ -1426,6 +1430,10 @@ def test_the_jobs_of_a_step_make_its_requests(
     with ThreadPoolExecutor() as threads:
         codes = sorted(threads.map(lambda shard: job(place, "second", shard), range(3)))
     assert codes == [0, 0, 10], "two requests, three tasks"
+    assert main(["logs", "out.csv"]) == 2
+    error = capsys.readouterr().err
+    assert "name one of its steps, such as the last that began: " in error
+    assert "out.csv.aiflux/steps/second.json;" in error
     assert job(place, "third") == 0
     fakes.say("squeue", "")
     steps(THREE)

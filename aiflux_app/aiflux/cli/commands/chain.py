@@ -251,12 +251,15 @@ class ChainWork:
         return run_local(opened, config) if asked.managed else run_here(opened)
 
     def _check_later(self, first: Step) -> None:
-        """Check the jobs of later steps before the first one is submitted.
+        """Check the jobs of this and later steps before the first one is submitted.
 
-        Their requests are not known: those of the first step stand for them.
+        The requests of later steps are not known: those of the first step stand for them.
+
+        Raises:
+            PreflightError: jobs cannot work; names all steps that have the problems.
         """
-        at = self.steps.index(first) + 1
-        for step in self.steps[at:]:
+        refused: dict[str, PreflightError] = {}
+        for step in self.steps[self.steps.index(first) :]:
             if not self.in_slurm(step) or self._view(step.name).state != NOT_STARTED:
                 continue
             config = self.configs[step.name]
@@ -271,10 +274,11 @@ class ChainWork:
                     write=False,
                 )
             except PreflightError as error:
-                message = f"step {step.name}: {error.message}"
-                raise PreflightError(message, error.remedy, error.problems) from error
-            for finding in planned.findings:
+                refused[step.name] = error
+                continue
+            for finding in planned.findings if step is not first else ():
                 print(f"warning: step {step.name}: {finding_text(finding)}", file=sys.stderr)
+        _refuse_jobs(refused)
 
     def _later(self, step: Step, shards: int) -> LaterRun:
         directory = str(self.folder.directory.path)
@@ -411,3 +415,15 @@ class ChainWork:
             if step.unusable:
                 print(f"  step {step.name}: {step.unusable_text}")
         self.runs.refuse_unusable()
+
+
+def _refuse_jobs(refused: Mapping[str, PreflightError]) -> None:
+    """Raise one error for the problems of the jobs of some steps, if there are any."""
+    if not refused:
+        return
+    one, *_ = refused.values()
+    steps = f"{'step' if len(refused) == 1 else 'steps'} {', '.join(refused)}"
+    problems = tuple(dict.fromkeys(text for error in refused.values() for text in error.problems))
+    found = f"{counted(len(problems), 'problem')} found; no job was submitted"
+    message = one.message if len(refused) == 1 else found
+    raise PreflightError(f"{steps}: {message}", one.remedy, problems) from one

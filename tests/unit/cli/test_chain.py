@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from aiflux.api.chain_run import chain as run_chain
+from aiflux.cli.chain_estimate import _row_of
 from aiflux.cli.main import main
 from aiflux.converters.chain.folder import ChainRuns
 from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.errors import UsageError
+from aiflux.errors import StoppedError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.fake_commands import FakeCommands
 
@@ -1277,6 +1278,13 @@ def test_a_step_that_no_row_of_the_sample_reaches_is_left_out_of_the_sum(
     assert re.search(r"step second\nrequests +0 +0 - 2\d\n", printed)
     assert "no row of the sample reached the step second" in printed
     assert "--requests 40" in printed
+
+
+def test_a_request_of_no_row_of_the_pilot_is_an_error() -> None:
+    assert _row_of("row-1.3.2", {"row-1"}) == "row-1"
+    for name in ("row-2.1", "other", ""):
+        with pytest.raises(StoppedError, match="of no row of its sample"):
+            _row_of(name, {"row-1"})
 
 
 def test_a_changed_chain_gets_another_pilot(

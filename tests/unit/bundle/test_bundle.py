@@ -869,6 +869,14 @@ def test_an_image_for_a_machine_without_wheels_is_refused(
     assert f"is for ppc64le, and the bundle for {MACHINE}" in capsys.readouterr().err
 
 
+def test_an_image_that_does_not_suit_the_packages_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = make_sif(tmp_path / "old.sif", version="0.1.0")
+    assert main(["bundle", "create", "--image", str(image)]) == 2
+    assert "has AI-Flux 0.1.0, which cannot read" in capsys.readouterr().err
+
+
 def test_an_image_for_amd_gpus_keeps_its_name_in_a_bundle(tmp_path: Path) -> None:
     engine = {"version": "1", "engine": "vllm", "engine_version": "0.32.0"}
     amd = make_sif(tmp_path / "a.sif", gpu_vendors="amd", **engine)

@@ -52,7 +52,7 @@ from aiflux.engines.base import PackedModel
 from aiflux.engines.kinds import kind_named, storing_kind
 from aiflux.errors import BundleError, OutputExistsError, StoppedError, StorageError
 from aiflux.image.container import find_image
-from aiflux.image.sif import how_to_build, machine_arch, read_image
+from aiflux.image.sif import how_to_build, machine_arch, read_image, refuse_other_version
 from aiflux.models.name import shown_digest
 from aiflux.util.extras import EXTRAS
 from aiflux.util.text import size_text
@@ -146,6 +146,8 @@ def create(
     target = Path(output).absolute()
     _check_output(target, force)
     images = () if no_image else _images(config, names)
+    for image in images:
+        refuse_other_version(read_image(image))  # it would not suit the packages of this version
     arch = _architecture(arch, images)
     models = tuple(_model(config.models_dir, name) for name in dict.fromkeys(names))
     versions = tuple(dict.fromkeys(pythons or PYTHONS))

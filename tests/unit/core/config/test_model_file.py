@@ -186,7 +186,7 @@ def workspace(awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", fakes.path)
     monkeypatch.setenv("HOME", str(tmp_path))
     write_input(awkward / "in.jsonl", 2, body={"messages": [{}]})
-    make_sif(awkward / "aiflux.sif", version="0.1.0", cpu_only="no")
+    make_sif(awkward / "aiflux.sif", version="1", cpu_only="no")
     return awkward
 
 

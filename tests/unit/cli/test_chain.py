@@ -1152,7 +1152,7 @@ def test_one_status_and_one_report(
     assert main(["results", "show", "out.csv"]) == 2
     error = capsys.readouterr().err
     assert "is a chain of several runs" in error
-    assert "out.csv.aiflux/steps/first.json" in error
+    assert "out.csv.aiflux/steps/second.json" in error
     assert main(["resume", "out.csv"]) == 2
     assert (
         f"continue it, with the same options: aiflux chain {place}/steps.yaml"

@@ -91,7 +91,7 @@ test-fast: $(bin)/.installed-dev ## unit and property tests, about 5 minutes on 
 test: lint ## everything except the soak tests, on the real Slurm, Apptainer and Ollama
 	tests/stack/up || echo "the test stack is incomplete; its tests report what is missing"
 	$(bin)/pytest -q -n 2 tests/unit
-	$(bin)/pytest -n 2 --dist loadgroup -m 'not slow' tests/integration
+	$(bin)/pytest -n 2 -m 'not slow' tests/integration
 
 test-slow: $(bin)/.installed-dev ## soak tests
 	tests/stack/up || echo "the test stack is incomplete; its tests report what is missing"

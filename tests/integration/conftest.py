@@ -9,6 +9,7 @@ import pwd
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.conftest import LEFT_OUT
 
@@ -40,20 +42,49 @@ _QUERY_PAUSE = 0.2  # seconds between two questions to Slurm
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Refuse several processes (``-n``) that do not keep the tests of a group together."""
-    if config.getoption("dist", "no") not in ("no", "loadgroup"):
-        raise pytest.UsageError("tests of the cluster share its jobs: add --dist loadgroup")
+def _uses_slurm(item: pytest.Item) -> bool:
+    return "cluster" in getattr(item, "fixturenames", ())
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group all tests that use the cluster, as they look at all jobs of the user, and each file."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.stack)
-            uses_slurm = "cluster" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("Slurm" if uses_slurm else item.path.stem))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.stack)
+
+
+# With several processes (-n), all tests that use the cluster run in one of them, as they look at
+# all jobs of the user. The process that distributes the tests knows only their ids, so the others
+# tell it which use the cluster. (The groups of xdist 3.8 have no effect with pytest 9.2.)
+_OF_SLURM = Path(tempfile.gettempdir(), f"aiflux-tests-{os.getpid()}.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["of_slurm"] = str(_OF_SLURM)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist sends the ids
+def pytest_collection_finish(session: pytest.Session) -> None:
+    told = getattr(session.config, "workerinput", {}).get("of_slurm")
+    if told is not None:
+        own = Path(f"{told}.{os.getpid()}")
+        own.write_text(json.dumps([item.nodeid for item in session.items if _uses_slurm(item)]))
+        own.replace(told)
+
+
+class _Groups(LoadScopeScheduling):
+    """Gives the tests of the cluster to one process, and the others by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        uses = nodeid in json.loads(_OF_SLURM.read_text())
+        return "Slurm" if uses else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
+    return _Groups(config, log)
+
+
+def pytest_unconfigure() -> None:
+    _OF_SLURM.unlink(missing_ok=True)
 
 
 def _missing() -> str:

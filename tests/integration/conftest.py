@@ -63,11 +63,11 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist sends the ids
 def pytest_collection_finish(session: pytest.Session) -> None:
-    told = getattr(session.config, "workerinput", {}).get("of_slurm")
-    if told is not None:
-        own = Path(f"{told}.{os.getpid()}")
+    target = getattr(session.config, "workerinput", {}).get("of_slurm")
+    if target is not None:
+        own = Path(f"{target}.{os.getpid()}")
         own.write_text(json.dumps([item.nodeid for item in session.items if _uses_slurm(item)]))
-        own.replace(told)
+        own.replace(target)
 
 
 class _Groups(LoadScopeScheduling):

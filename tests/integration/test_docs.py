@@ -207,6 +207,8 @@ ELSEWHERE = {
         f"{_PROMPTS}::test_columns_become_a_conversation",
     "aiflux chain steps.yaml --local":
         "tests/integration/test_chain.py::test_a_chain_on_this_machine",
+    "aiflux estimate steps.yaml --wait":
+        "tests/unit/cli/test_chain.py::test_the_pilot_of_a_chain_in_slurm",
     "aiflux results to-npy embeddings.json":
         "tests/unit/converters/test_result_forms.py::test_embeddings_as_an_array",
     "aiflux results to-npy out.json --output vectors.npy":

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,12 +71,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         own.replace(target)
 
 
+@cache
+def _of_slurm() -> frozenset[str]:
+    return frozenset(json.loads(_OF_SLURM.read_text()))
+
+
 class _Groups(LoadScopeScheduling):
     """Gives the tests of the cluster to one process, and the others by file."""
 
     def _split_scope(self, nodeid: str) -> str:
-        uses = nodeid in json.loads(_OF_SLURM.read_text())
-        return "Slurm" if uses else nodeid.partition("::")[0]
+        return "Slurm" if nodeid in _of_slurm() else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -41,14 +41,13 @@ from aiflux.image.container import find_image
 from aiflux.slurm.preflight.local import Finding, check_fields, finding_text
 from aiflux.util.files import absolute, short
 from aiflux.util.records import to_json
-from aiflux.util.times import walltime_seconds
+from aiflux.util.times import pause_after, walltime_seconds
 
 if TYPE_CHECKING:
     from aiflux.slurm.run_view import RunView
     from aiflux.slurm.submit import PlannedRun
 
 LONGEST = "01:00:00"
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 # The settings that determine the speed of a job; others may differ between two calls.
 _HARDWARE = ("partition", "nodes", "gpus_per_node", "gres", "constraint", "cpus_per_task", "mem")
 
@@ -349,8 +348,7 @@ def job_views(all_: Sequence[PlannedPilot]) -> list[RunView]:
     views = [observer.look() for observer in observers]
     began = time.monotonic()
     while all_[0].asked.wait and not all(view.ended for view in views):
-        waited = time.monotonic() - began
-        time.sleep(min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE))
+        time.sleep(pause_after(time.monotonic() - began))
         views = [observer.look() for observer in observers]
     return views
 

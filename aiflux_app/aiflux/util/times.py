@@ -6,6 +6,7 @@ import math
 from datetime import datetime, timezone
 
 _DAY = 86400
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 
 
 def walltime_seconds(text: str | None) -> float:
@@ -67,3 +68,8 @@ def unix_seconds(text: str) -> float:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     except ValueError:
         return 0.0
+
+
+def pause_after(waited: float) -> float:
+    """Return the seconds until the next look at a job that was waited for: a tenth, 0.5 to 5."""
+    return min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE)

@@ -43,8 +43,8 @@ from aiflux.slurm.serve import (
     views_of,
 )
 from aiflux.slurm.tunnel import Tunnel
+from aiflux.util.times import pause_after
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 _POLL = 1.0
 _REACH_TIMEOUT = 5.0
 _REACH_TRIES = 3
@@ -272,7 +272,7 @@ def _wait(directory: ServeDirectory) -> ServeView:
             why = f" ({view.why})" if view.why else ""
             waited = time.monotonic() - began
             show(f"job {view.job}: {view.phase}{why}", waited)
-            time.sleep(min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE))
+            time.sleep(pause_after(waited))
     return view
 
 

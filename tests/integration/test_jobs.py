@@ -202,7 +202,7 @@ def test_two_jobs_on_one_node_at_once(
 def test_scancel_leaves_no_process_and_the_same_command_resumes(
     user: User, aiflux: Path, image: Path, cluster: Cluster, place: Path, job_env: dict[str, str]
 ) -> None:
-    many = [request(f"r{index}", f"Count to {index}.", max_tokens=8) for index in range(14)]
+    many = [request(f"r{index}", f"Count to {index}.", max_tokens=32) for index in range(14)]
     user.write(place / "in.jsonl", lines(*many))
     command = [aiflux, "run", "--input", "in.jsonl", "--output", "out.json", "--mem", "2G",
                "--drain-seconds", "2"]  # fmt: skip

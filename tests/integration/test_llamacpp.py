@@ -32,6 +32,7 @@ from tests.integration.conftest import (
     shard_status,
 )
 from tests.integration.test_ollama import (
+    DISTURBED,
     RunningWorker,
     get_several_answers,
     tiny_requests,
@@ -305,7 +306,7 @@ def test_no_request_is_lost_when_server_and_worker_are_killed(
     user: User, place: Path, local: list[str | Path], tiny: str
 ) -> None:
     command = [*local, "--slots", "2", "--context-length", "512"]
-    user.write(place / "in.jsonl", tiny_requests(120))
+    user.write(place / "in.jsonl", tiny_requests(120, DISTURBED))
     running = RunningWorker(user, place, command)
     running.wait_for(10)
     os.kill(running.child("llama-server", "--alias"), signal.SIGKILL)

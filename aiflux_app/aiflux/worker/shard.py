@@ -16,12 +16,9 @@ from typing import Any
 
 from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
-from aiflux.core.batch.prompt_lengths import TOO_LONG, PromptLimit
-from aiflux.core.batch.request import request_key
-from aiflux.core.config.settings import CHUNK
+from aiflux.core.batch.prompt_lengths import TOO_LONG
 from aiflux.core.runs.directory import RunDirectory, own_command
 from aiflux.core.runs.journal import JournalReader, JournalWriter, scan_journal
-from aiflux.core.runs.open import find_in_run, refuse_long, too_long_result
 from aiflux.core.runs.output import forget_done, merge_when_last
 from aiflux.core.runs.plan import (
     Plan,
@@ -47,12 +44,9 @@ from aiflux.engines.base import Engine, EngineSpec, FetchContext
 from aiflux.engines.gpus import gpu_names, group, visible_devices
 from aiflux.engines.http import Client
 from aiflux.engines.kinds import engine_kind
-from aiflux.engines.outcome import Kind, Outcome
 from aiflux.engines.ranks import Ranks
-from aiflux.engines.server_context import server_limit
 from aiflux.errors import (
     AifluxError,
-    ConfigError,
     ExitCode,
     RequeueError,
     RunConflictError,
@@ -62,14 +56,13 @@ from aiflux.errors import (
 )
 from aiflux.util.files import temporary_folder
 from aiflux.util.lease import acquire
-from aiflux.util.lines import read_lines
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
-from aiflux.util.text import counted
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
 from aiflux.worker.energy_meter import EnergyMeter
 from aiflux.worker.engine_supervisor import EngineSupervisor
+from aiflux.worker.length_check import LengthCheck
 from aiflux.worker.node import GpuWatch, refuse_wrong_image, unsealed_reason
 from aiflux.worker.outage import OutageWatch, Rejections
 from aiflux.worker.progress import Reporter
@@ -85,9 +78,6 @@ _DEADLINE_MARGIN = 15.0
 _RESTART_SHARE = 0.05
 # Options on which the best number of slots depends, and that are not part of the run's identity.
 _TUNED_FOR = ("slots", "context_length", "gpus_per_engine", "nodes_per_engine")
-_NO_CONTEXT = "the server does not report its context"
-_SMALL_CONTEXT = 4096
-"""Tokens: that of an Ollama without settings."""
 _BEFORE_THE_RUN = "leave out prompts that are too long (--too-long skip) or split them (chunk)"
 
 
@@ -255,7 +245,7 @@ class _ShardWork:
         if earlier is not None:
             facts.gpu_use, facts.energy = earlier.details.gpu_use, earlier.details.energy
             facts.tunings = earlier.details.tunings
-        self.checked: set[str] = set()
+        self.lengths = LengthCheck(plan, shard, self.source, self.stats, context.reporter.say)
         self._sync_status()
         if self.stats.done < shard.requests:
             forget_done(plan, run, shard.index)
@@ -474,7 +464,6 @@ class _ModelWork:
         self.load_watches: list[server_load.LoadWatch] = []
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()
-        self._length_lock = threading.Lock()
         self._journal = journal
         self.pool = Pool(
             self.scheduler,
@@ -565,7 +554,7 @@ class _ModelWork:
             lane.limit = self._limit_of(engine)
         digest = engine.model_digest()
         self.plan.refuse_changed_model(self.model, digest)
-        self._check_lengths(engine)
+        self.shard.lengths.check(self.model, engine, self._journal)
         facts = self.shard.status.details
         facts.engines = tuple(each.engine.facts for each in self.supervisors)
         if digest is not None:
@@ -609,69 +598,6 @@ class _ModelWork:
         for each in self.supervisors:
             each.restart(slots)
         return Start.BEGUN
-
-    def _check_lengths(self, engine: Engine) -> None:
-        """Find prompts that are too long, before the first request, if planning could not.
-
-        Raises:
-            InputError: the run is to fail then, or they cannot be split.
-            ConfigError: they are to be split, and the context is unknown.
-        """
-        plan = self.plan
-        if not plan.lengths_at_start:
-            return
-        with self._length_lock:
-            if self.model not in self.shard.checked:
-                limit = server_limit(plan, self.model, engine.client)
-                if limit is None:
-                    self._unknown_context()
-                else:
-                    engine.facts.context_length = limit.context
-                    self._leave_out(limit)
-                self.shard.checked.add(self.model)
-
-    def _unknown_context(self) -> None:
-        """Say that lengths are not checked."""
-        how = "say what it is with --context-length N"
-        if self.plan.options.too_long == CHUNK:
-            raise ConfigError(f"{_NO_CONTEXT}, so prompts cannot be split (--too-long chunk)", how)
-        if self.plan.input.longest_tokens > _SMALL_CONTEXT:
-            self.context.reporter.say(f"{_NO_CONTEXT}, so prompts that are too long are not found "
-                                      f"before they are sent; {how}")  # fmt: skip
-
-    def _leave_out(self, limit: PromptLimit) -> None:
-        """Leave out or split the requests that are too long."""
-        plan, shard, source = self.plan, self.shard.shard, self.shard.source
-        kind, span = engine_kind(plan.options), (shard.start, shard.end)
-        found = find_in_run(plan.input, plan, kind, {self.model: limit}, span)
-        if found is None or not found.facts.too_long:
-            return
-        refuse_long(found, plan)
-        facts, say = found.facts, self.context.reporter.say
-        if not facts.counted:
-            planned = plan.long_prompts
-            if planned is not None and planned.context == facts.context:
-                return  # planning warned of them
-            say(f"warning: about {counted(facts.too_long, 'prompt')} may be too long for the "
-                f"context of {facts.context:,} tokens ({facts.where}): this is an estimate, "
-                f"because {facts.uncounted}")  # fmt: skip
-            return
-        many = counted(facts.too_long, "request")
-        context = f"the context of {facts.context:,} tokens"
-        if found.splits:
-            source.splits = {**source.splits, **dict(zip(found.offsets, found.splits, strict=True))}
-            say(f"{many} too long for {context}: sent in {facts.parts:,} parts (--too-long chunk)")
-            return
-        source.left_out = {*source.left_out, *found.offsets}
-        say(f"{many} too long for {context}: not sent (--too-long skip; {facts.where})")
-        for offset, tokens in zip(found.offsets, found.tokens, strict=True):
-            _, _, raw = next(read_lines(plan.input_path, offset, offset + 1))
-            key = request_key(raw)
-            if not source.is_done(key):
-                result = too_long_result(plan, raw, key, tokens, facts.context)
-                self._journal.append(result)
-                message = f"not sent: the prompt has {tokens:,} tokens"
-                self.shard.stats.not_sent(Outcome(Kind.FAILED, TOO_LONG, message), result.custom_id)
 
     def _limit_of(self, engine: Engine) -> Limit:
         """Return the limit of an engine: by its slots, or adaptive where they are unknown."""

@@ -13,7 +13,7 @@ import pytest
 from openai.types import Batch, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
-from aiflux.engines.ollama.store import stored_tokenizer
+from aiflux.engines.ollama.store import model_digest, stored_tokenizer
 from aiflux.models.name import parse_model_name
 from tests.integration.conftest import (
     MODEL,
@@ -175,6 +175,25 @@ def test_an_embedding_model_is_planned_with_ollamas_single_slot(
     engine = shard_status(place)["aiflux"]["engines"][0]
     assert engine["slots"] == 1
     assert "--parallel 1" in Path(engine["log"]).read_text(encoding="utf-8", errors="replace")
+
+
+def test_ollama_starts_no_more_threads_than_it_has_cpus(
+    user: User, place: Path, local: list[str | Path], models: Path, tiny: str
+) -> None:
+    """With more, they wait for one another: no request was done in two minutes."""
+    store, name = place / "models", parse_model_name(tiny)
+    user.run("cp", "-r", models, store)
+    manifest = json.loads((models / name.manifest_path).read_text(encoding="utf-8"))
+    layers = [each for each in manifest["layers"] if "params" not in each["mediaType"]]
+    user.write(store / name.manifest_path, json.dumps({**manifest, "layers": layers}))
+    user.write(place / "in.jsonl", tiny_requests(8))
+    one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    user.run(*one, *local, "--models-dir", store, cwd=place)
+    whole(place, 8)
+    facts = shard_status(place)["aiflux"]
+    log = Path(facts["engines"][0]["log"]).read_text(encoding="utf-8", errors="replace")
+    assert "--threads 1 " in log
+    assert facts["model_digests"] == {tiny: model_digest(store, name)}
 
 
 def test_an_engine_on_the_cpu_is_exit_4_unless_allowed(

@@ -6,6 +6,7 @@ engine is one running server. CONTRIBUTING.md shows how to add a kind.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
+from aiflux.util.process_limits import usable_cpus
 from aiflux.util.text import joined
 
 if TYPE_CHECKING:
@@ -231,6 +233,7 @@ class EngineSpec:
         say: called with a line of text when there is something to wait for.
         ranks: the job's other nodes; None if it has one.
         listener: None if only the worker uses the engine.
+        engines: those of the worker, which share the job's CPUs.
     """
 
     index: int
@@ -243,6 +246,22 @@ class EngineSpec:
     say: Callable[[str], None]
     ranks: Ranks | None = None
     listener: Listener | None = None
+    engines: int = 1
+
+    @property
+    def cpus(self) -> int:
+        """The engine's share of the CPUs that the job may use."""
+        return max(1, usable_cpus(self.environ) // self.engines)
+
+    @property
+    def threads(self) -> int | None:
+        """The number of threads to start; None for the engine's own choice.
+
+        Engines choose by the cores of the node. If the job may use only some of them, the threads
+        mostly wait for each other, and the engine is many times slower:
+        https://github.com/ollama/ollama/issues/17916
+        """
+        return self.cpus if self.cpus < (os.cpu_count() or 1) else None
 
 
 class EngineKind(PlanningKind, Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from aiflux.core.batch.prompt_lengths import PromptLimit
@@ -20,10 +19,9 @@ _SHARE = 0.97
 
 def engine_slots(kind: EngineKind, spec: EngineSpec, figures: Figures | None) -> int:
     """Return the number of parallel sequences of an engine, by the memory that is free now."""
-    cores = len(os.sched_getaffinity(0))
     # The GPUs of the other nodes are taken to have as much free memory as those of this one.
     free = free_memory(spec.devices, spec.environ) * spec.plan.options.nodes_per_engine
-    return slots(kind, spec.plan, spec.devices, cores, figures, free)
+    return slots(kind, spec.plan, spec.devices, spec.cpus, figures, free)
 
 
 def slots(

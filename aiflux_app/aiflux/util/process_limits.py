@@ -1,4 +1,4 @@
-"""Limits of this process (``ulimit``): threads, memory and open files."""
+"""Limits of this process: CPUs, and threads, memory and open files (``ulimit``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -28,6 +28,16 @@ _LOADER_NO_MEMORY = ("failed to map", "cannot allocate memory", "out of memory")
 _LOADER_NO_FILES = ("too many open files",)
 _NO_THREAD = ("can't start new thread", "can't allocate", "failed to launch worker thread")
 _AGAIN = "then run the same command again"
+
+
+def usable_cpus(environ: Mapping[str, str]) -> int:
+    """Return the number of CPUs that a job, or else this process, may use.
+
+    Not every site binds jobs to their CPUs, so those that Slurm allotted count, too.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    allotted = environ.get("SLURM_CPUS_ON_NODE", "")
+    return min(cpus, int(allotted)) if allotted.isdecimal() and int(allotted) else cpus
 
 
 def start_thread(

@@ -637,11 +637,11 @@ class _ModelWork:
         several = options.nodes_per_engine > 1
         groups = (devices,) if several else group(devices, options.gpus_per_engine)
         return [
-            kind.make_engine(self._spec(index, gpus, home), self._make_client)
+            kind.make_engine(self._spec(index, gpus, home, len(groups)), self._make_client)
             for index, gpus in enumerate(groups)
         ]
 
-    def _spec(self, index: int, devices: tuple[str, ...], home: Path) -> EngineSpec:
+    def _spec(self, index: int, devices: tuple[str, ...], home: Path, engines: int) -> EngineSpec:
         return EngineSpec(
             index=index,
             plan=self.plan,
@@ -652,6 +652,7 @@ class _ModelWork:
             environ=self.context.environ,
             say=self.context.reporter.say,
             ranks=self.context.ranks,
+            engines=engines,
         )
 
     def _make_client(self, url: str, ca: str | None = None, key: str | None = None) -> Client:

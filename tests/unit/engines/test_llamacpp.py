@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,18 @@ def test_the_command_line(
     assert f"-m {path} --alias {path} --host 127.0.0.1 --port 0 -np 3 -c 3072" in line
     assert wanted in line
     assert f" {unwanted} " not in line
+
+
+def test_threads_are_limited_to_the_cpus_of_a_gpu_job(tmp_path: Path) -> None:
+    program = write_program(tmp_path / "llama-server", RECORDER)
+    plan = plan_of(tmp_path, str(tiny_file(tmp_path)))
+    environ = {"AIFLUX_ENGINE_PROGRAM": str(program), "PATH": "/usr/bin:/bin",
+               "SLURM_CPUS_ON_NODE": "1"}  # fmt: skip
+    engine = engine_of(KIND, plan, tmp_path, environ, ("0",))
+    with pytest.raises(EngineError, match="out of memory"):
+        engine.start()
+    line = " ".join(program.with_name("llama-server.arguments").read_text().splitlines())
+    assert ("-t 1" in line) == ((os.cpu_count() or 1) > 1)
 
 
 def test_a_server_that_sees_no_gpu_in_a_gpu_job_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Source: llama.cpp, ``tools/server/README.md``; checked with build 11669.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from typing import Any
@@ -123,9 +122,9 @@ class LlamaCppEngine(ManagedEngine):
             command += ["--ssl-key-file", str(listener.certificate_key)]
         if files.projector is not None:
             command += ["--mmproj", str(files.projector)]
-        if not self.spec.devices:
-            command += ["-t", str(len(os.sched_getaffinity(0)))]
-        elif not self._options.allow_cpu:
+        threads = self.spec.threads if self.spec.devices else self.spec.cpus
+        command += [] if threads is None else ["-t", str(threads)]
+        if self.spec.devices and not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]
         command += ["-lv", _DEBUG if self._options.log_level == "DEBUG" else _WARNINGS]
         command += ["--jinja"]  # without it, older builds do not parse tool calls

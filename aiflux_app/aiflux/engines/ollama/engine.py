@@ -12,7 +12,8 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.ollama.api import Loaded, Ollama, ollama_environment
-from aiflux.engines.ollama.store import refuse_other_digest
+from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
+from aiflux.engines.ollama.threads import store_with_threads
 from aiflux.errors import EngineError, RejectedError
 from aiflux.models.endpoints import newer_version
 from aiflux.models.name import parse_model_name
@@ -95,11 +96,19 @@ class OllamaEngine(ManagedEngine):
     def _serve_ollama(self) -> Ollama:
         environment = ollama_environment(
             self.spec.environ,
-            _models_link(self.spec.home, self._models_dir),
+            self._models_view(),
             self.spec.home,
             self._settings(),
         )
         return Ollama(self._serve([self._program, "serve"], environment).url)
+
+    def _models_view(self) -> Path:
+        """Return the models directory for the server: a link, or a view with fewer threads."""
+        threads = self.spec.threads
+        if threads is None:
+            return _models_link(self.spec.home, self._models_dir)
+        name = parse_model_name(self.spec.model)
+        return store_with_threads(self._models_dir, name, threads, self.spec.home / "store")
 
     def _refuse_older(self, version: str) -> None:
         """Refuse a version without an endpoint of the run: it answers each request with 404.
@@ -130,12 +139,12 @@ class OllamaEngine(ManagedEngine):
 
     def _load(self, ollama: Ollama) -> Loaded:
         model = self._served
-        digest = _digest(ollama.tags(), model)
-        if digest is None:
+        if model.lower() not in map(str.lower, ollama.tags()):  # its names ignore case
             raise EngineError(
                 f"Ollama does not list {model} in {self._models_dir}",
                 f"pull it: aiflux models pull {model}",
             )
+        digest = read_manifest(self._models_dir, parse_model_name(model)).digest
         insisted = parse_model_name(self.spec.model).digest
         name = replace(parse_model_name(model), digest=insisted)
         refuse_other_digest(name, digest, str(self._models_dir))
@@ -185,8 +194,3 @@ def _models_link(home: Path, models_dir: Path) -> Path:
     if not link.is_symlink():
         link.symlink_to(models_dir)
     return link
-
-
-def _digest(tags: dict[str, str], model: str) -> str | None:
-    """Return a model's digest; Ollama's names are not case-sensitive."""
-    return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)

@@ -25,7 +25,7 @@ from aiflux.util.text import error_text
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _MODEL = "application/vnd.ollama.image.model"
-_PARAMETERS = "application/vnd.ollama.image.params"
+PARAMETERS = "application/vnd.ollama.image.params"
 
 
 _PROJECTOR = "application/vnd.ollama.image.projector"
@@ -343,7 +343,7 @@ def own_context(models_dir: Path | None, name: ModelName) -> int:
         blobs = [
             blob_path(models_dir, layer.digest)
             for layer in layers
-            if models_dir and layer.kind == _PARAMETERS
+            if models_dir and layer.kind == PARAMETERS
         ]
         values = [json.loads(path.read_bytes()).get("num_ctx") for path in blobs]
     except (ModelError, OSError, ValueError, AttributeError, RecursionError):

@@ -12,15 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import platform
-import shutil
-import sys
 import tarfile
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +23,7 @@ from aiflux import __version__
 from aiflux.bundle import installer
 from aiflux.bundle.installer import CONTENTS, SUMS, TOP, VERSION
 from aiflux.bundle.model_archive import packed_size
+from aiflux.bundle.packages import read_wheel, refuse_incomplete_packages
 from aiflux.core.config.settings import AMD, NVIDIA
 from aiflux.engines.base import PackedModel
 from aiflux.engines.ollama.store import (
@@ -38,107 +33,13 @@ from aiflux.engines.ollama.store import (
     digest_of,
     parse_manifest,
 )
-from aiflux.errors import BundleError, ImageError
+from aiflux.errors import BundleError
 from aiflux.image import sbom
-from aiflux.image.build import find_sources
 from aiflux.image.container import image_names
-from aiflux.image.run_tool import run
 from aiflux.image.sbom import NAME as SBOM
 from aiflux.image.sif import ImageFacts, read_image
 from aiflux.models.name import parse_model_name
-from aiflux.util.files import atomic_write, temporary_folder
-
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-ARCHITECTURES = ("x86_64", "aarch64")
-_PLATFORMS = ("manylinux2014", "manylinux_2_28")
-_REMEDY = (
-    "see pip's message above; pip downloads from PyPI or its configured index, and stores the "
-    "wheels below TMPDIR until they are packed"
-)
-
-
-def this_architecture() -> str:
-    """Return this machine's architecture in the notation of wheels."""
-    return platform.machine()
-
-
-@contextmanager
-def packages(
-    pythons: Sequence[str],
-    arch: str,
-    extras: Sequence[str] = (),
-    say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Mapping[str, Sequence[Path]]]:
-    """Yield the wheels for each Python version, in a directory that is removed afterwards.
-
-    Args:
-        extras: extras of AI-Flux whose wheels are included.
-        say: called with one line of output for the user.
-    Raises:
-        BundleError: pip cannot download the wheels, or there is no checkout to build AI-Flux from.
-    """
-    try:
-        root = find_sources().root
-    except ImageError as error:
-        raise BundleError(
-            "bundles can only be created from a checkout of AI-Flux",
-            error.remedy,
-        ) from error
-    with temporary_folder() as folder:
-        own = _own_wheel(root, folder / "own")
-        try:
-            fetched = {}
-            for python in pythons:
-                say(f"downloading packages for Python {python} on {arch}")
-                fetched[python] = _fetch(own, extras, python, arch, folder / python)
-            yield fetched
-        finally:
-            shutil.rmtree(folder / "own")
-
-
-def download_command(
-    wheel: Path, extras: Sequence[str], python: str, arch: str, folder: Path
-) -> list[str]:
-    """Return the command that downloads a wheel's dependencies for another machine."""
-    platforms = [f"{name}_{arch}" for name in _PLATFORMS]
-    return [
-        *_pip("download"),
-        *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
-        *(word for name in platforms for word in ("--platform", name)),
-        *("--dest", str(folder), _requirement(wheel, extras)),
-    ]
-
-
-def _requirement(wheel: Path, extras: Sequence[str]) -> str:
-    """Return a requirement (PEP 508) for a wheel with extras."""
-    return f"aiflux-slurm[{','.join(extras)}] @ {wheel.absolute().as_uri()}"
-
-
-def _pip(action: str) -> list[str]:
-    return [sys.executable, "-m", "pip", action, "--quiet", "--disable-pip-version-check"]
-
-
-def _own_wheel(root: Path, folder: Path) -> Path:
-    command = [*_pip("wheel"), "--no-deps", "--wheel-dir", str(folder), str(root)]
-    _call(command, "the AI-Flux package could not be built")
-    return next(folder.glob("*.whl"))
-
-
-def _fetch(
-    own: Path, extras: Sequence[str], python: str, arch: str, folder: Path
-) -> Sequence[Path]:
-    also = f" with the extras {', '.join(extras)}" if extras else ""
-    what = f"packages for Python {python} on {arch}{also} could not be downloaded"
-    _call(download_command(own, extras, python, arch, folder), what)
-    return sorted(folder.glob("*.whl"))
-
-
-def _call(command: Sequence[str], what: str) -> None:
-    try:
-        run(command, what, _REMEDY)
-    except ImageError as error:
-        raise BundleError(error.message, error.remedy) from error
-
+from aiflux.util.files import atomic_write
 
 _CHUNK = 4 << 20
 _OPTIONS: dict[str, Any] = {"copybufsize": _CHUNK}  # the default of 16 kB is slow
@@ -220,9 +121,12 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
     Raises:
         ModelError: a model is missing or damaged.
         ImageError: the image is missing or damaged.
-        BundleError: a file changed while it was read, or a blob does not match its digest.
+        BundleError: a package is missing, a file changed while it was read, or a blob does not
+            match its digest.
         StorageError: the file cannot be written.
     """
+    for python, wheels in parts.wheels.items():
+        refuse_incomplete_packages(wheels, parts.extras, python, parts.arch)
     files = [*_wheels(parts), *_images(parts, on_bytes), *_models(parts)]
     contents = _contents(parts, files)
     texts = [
@@ -244,7 +148,7 @@ def write_bundle(target: Path, parts: Ingredients, on_bytes: OnBytes = lambda _:
 def _bill(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
     """Return the bill of materials; the image has one of its own content."""
     found = [
-        _wheel_component(each.content, each.digest)
+        sbom.python_package(read_wheel(each.content).metadata, each.digest)
         for each in files
         if each.name.startswith("wheels/") and isinstance(each.content, Path)
     ]
@@ -261,15 +165,6 @@ def _bill(parts: Ingredients, files: Sequence[Member]) -> dict[str, Any]:
         sha256 = digest if len(digest) == 64 else ""
         found.append(sbom.component("machine-learning-model", model.name, digest, sha256=sha256))
     return sbom.document(__version__, found)
-
-
-def _wheel_component(path: Path, digest: str) -> sbom.Component:
-    try:
-        return sbom.wheel(path, digest)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration) as error:
-        raise BundleError(
-            f"{path.name} cannot be read: {error!r}; no bundle was written", "try again"
-        ) from error
 
 
 def payload_size(images: Sequence[Path], models: Sequence[PackedModel]) -> int:

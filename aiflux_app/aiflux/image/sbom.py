@@ -12,10 +12,8 @@ import platform
 import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from email.message import Message
-from email.parser import HeaderParser
 from importlib.metadata import distributions
 from pathlib import Path
 from shutil import which
@@ -105,14 +103,6 @@ def python_package(metadata: Message, sha256: str = "") -> Component:
         purl=f"pkg:pypi/{normal}@{quote(version)}",
         sha256=sha256,
     )
-
-
-def wheel(path: Path, sha256: str = "") -> Component:
-    """Return the component of a wheel."""
-    with zipfile.ZipFile(path) as archive:
-        name = next(each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
-        text = archive.read(name).decode("utf-8", "replace")
-    return python_package(HeaderParser().parsestr(text), sha256)
 
 
 def _installed_packages() -> Iterator[Component]:

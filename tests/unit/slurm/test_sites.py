@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from aiflux import __version__
-from aiflux.bundle.writer import PYTHONS
+from aiflux.bundle.packages import PYTHONS
 from aiflux.core.config.config import Config
 from aiflux.core.config.engine_command import filled_words
 from aiflux.slurm.script import JobScript, render

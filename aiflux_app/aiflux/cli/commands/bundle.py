@@ -24,16 +24,8 @@ from aiflux.bundle.installer import (
 from aiflux.bundle.installer import install as install_bundle
 from aiflux.bundle.installer import verify as verify_bundle
 from aiflux.bundle.model_archive import pack_model
-from aiflux.bundle.writer import (
-    ARCHITECTURES,
-    PYTHONS,
-    Ingredients,
-    packages,
-    payload_size,
-    refuse_incomplete,
-    this_architecture,
-    write_bundle,
-)
+from aiflux.bundle.packages import ARCHITECTURES, PYTHONS, packages, this_architecture
+from aiflux.bundle.writer import Ingredients, payload_size, refuse_incomplete, write_bundle
 from aiflux.cli.json_output import json_option, print_json
 from aiflux.cli.parser import (
     FILE,

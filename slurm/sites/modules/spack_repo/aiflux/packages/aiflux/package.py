@@ -19,7 +19,7 @@ class Aiflux(Package):
     # To require a bundle of yours, add sha256="...", as `aiflux bundle create` printed it.
     version("1.0.0", extension="tar", expand=False)
 
-    depends_on("python@3.10:3.13", type=("build", "run"))
+    depends_on("python@3.10:3.14", type=("build", "run"))
 
     download_instr = "create the bundle with: aiflux bundle create -o aiflux-1.0.0.tar"
 

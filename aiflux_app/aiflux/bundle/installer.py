@@ -551,6 +551,13 @@ def _locked(root: Path) -> Iterator[None]:
 def _refuse_foreign(bundle: Bundle) -> None:
     python = _python()
     known = ", ".join(sorted(bundle.contents["pythons"], key=_number))
+    if sys.implementation.name != "cpython" or "t" in sys.abiflags:
+        cpython = sys.implementation.name == "cpython"
+        kind = "a free-threaded build" if cpython else sys.implementation.name
+        raise InstallError(
+            f"this Python {python} is {kind}, but the bundle has packages for ordinary CPython",
+            f"run install.py with CPython {known} (module avail python)",
+        )
     if not bundle.wheels(python):
         raise InstallError(
             f"this is Python {python}, but the bundle has packages for {known}",

@@ -206,7 +206,8 @@ def download(
         into = folder / str(number)
         _call(download_command(requirements, python, arch, into), what, _NO_WHEEL)
         wheels.update(_by_name(into.glob("*.whl")))
-    return sorted({need.wheel.path for need in needs if need.wheel is not None})
+    paths = {need.wheel.path for need in needs if need.wheel is not None}
+    return sorted(paths, key=lambda path: path.name)
 
 
 def download_command(

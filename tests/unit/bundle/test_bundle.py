@@ -17,7 +17,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from aiflux.bundle.installer import (
     verify,
 )
 from aiflux.bundle.model_archive import pack_model
-from aiflux.bundle.writer import Ingredients, download_command, write_bundle
+from aiflux.bundle.writer import Ingredients, write_bundle
 from aiflux.cli.main import main
 from aiflux.engines.ollama.store import missing_parts
 from aiflux.engines.vllm.hub import parse_hub_model, stored_snapshot
@@ -113,7 +113,7 @@ def parts(tmp_path: Path) -> Ingredients:
     other = make_sif(tmp_path / "here" / "v.sif", version="1", engine="vllm", engine_version="0.32")
     wheel = make_wheel(tmp_path / "here", "1.0")
     packed = tuple(pack_model(models, name) for name in (NAME.served, HUB_NAME))
-    return Ingredients((image, other), packed, {PYTHON: [wheel], "3.99": []}, MACHINE)
+    return Ingredients((image, other), packed, {PYTHON: [wheel], "3.99": [wheel]}, MACHINE)
 
 
 @pytest.fixture
@@ -648,6 +648,26 @@ def test_the_supported_python_versions_are_reported(
     assert files(to.prefix, to.models) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [("sys.implementation.name = 'pypy'", "pypy"), ("sys.abiflags = 't'", "a free-threaded build")],
+)
+def test_a_python_of_another_kind_is_rejected(
+    bundle: Path, to: InstallPaths, change: str, kind: str
+) -> None:
+    """Its version is in the bundle, but it cannot load these packages."""
+    run = "runpy.run_path(sys.argv[0], None, '__main__')"
+    code = f"import runpy, sys; {change}; del sys.argv[0]; {run}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, installer.__file__, bundle, "--prefix", to.prefix],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"this Python {PYTHON} is {kind}, but the bundle" in done.stderr
+    assert f"-> run install.py with CPython {PYTHON}, 3.99 (" in done.stderr
+    assert files(to.prefix, to.models) == []
+
+
 def test_a_prefix_with_a_colon_is_rejected() -> None:
     with pytest.raises(InstallError, match="contains a colon"):
         places("/a:b", None)
@@ -741,25 +761,6 @@ def test_a_missing_library_is_suggested_as_a_pip_requirement(extra: str) -> None
         [*words, "--dry-run", "--no-index", "--quiet"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, "pip finds the requirements already installed"
-
-
-def test_extras_are_requested_for_a_wheel_in_any_path(awkward: Path) -> None:
-    wheel = make_wheel(awkward, "1.0")
-    target = awkward / "to"
-    done = subprocess.run(
-        [*download_command(wheel, ("report",), "3.12", MACHINE, target), "--no-deps"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in target.iterdir()] == [wheel.name]
-
-
-def test_pip_downloads_wheels_for_the_cluster() -> None:
-    command: Sequence[str] = download_command(Path("/w/a.whl"), (), "3.12", "aarch64", Path("/d"))
-    assert "--only-binary=:all:" in command
-    assert command[command.index("--python-version") + 1] == "3.12"
-    assert "manylinux2014_aarch64" in command
-    assert shutil.which(command[0])
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -133,6 +133,23 @@ def test_from_a_bundle_to_results_without_a_network(
     assert (models / "blobs").stat().st_mtime_ns == before, "nothing was written again"
 
 
+def test_each_python_has_its_packages_whichever_creates_the_bundle(
+    user: User, aiflux: Path
+) -> None:
+    """pip itself would decide for the Python that runs it."""
+    place = user.folder("other versions")
+    create = [aiflux, "bundle", "create", "--no-image", "--extra", "gateway", "--extra", "zstd"]
+    user.run(*create, "--python", "3.10", "--python", "3.14", "-o", "b.tar", cwd=place)
+    contents = json.loads(user.run(aiflux, "bundle", "verify", "b.tar", "--json", cwd=place))
+    old, new = (
+        {wheel.removeprefix("wheels/").partition("-")[0] for wheel in contents["pythons"][python]}
+        for python in ("3.10", "3.14")
+    )
+    assert {"anyio", "exceptiongroup", "backports_zstd"} <= old
+    assert "anyio" in new
+    assert not {"exceptiongroup", "backports_zstd"} & new
+
+
 def test_a_bundle_brings_a_model_of_hugging_face(
     user: User, aiflux: Path, vllm: Path, hub_model: Path, island: Island
 ) -> None:

@@ -25,7 +25,7 @@ from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
-from aiflux.util.process_limits import usable_cpus
+from aiflux.util.process_limits import usable_cores, usable_cpus
 from aiflux.util.text import joined
 
 if TYPE_CHECKING:
@@ -255,13 +255,15 @@ class EngineSpec:
 
     @property
     def threads(self) -> int | None:
-        """The number of threads to start; None for the engine's own choice.
+        """The number of threads to start, one for each core; None for the engine's own choice.
 
         Engines choose by the cores of the node. If the job may use only some of them, the threads
         mostly wait for each other, and the engine is many times slower:
         https://github.com/ollama/ollama/issues/17916
         """
-        return self.cpus if self.cpus < (os.cpu_count() or 1) else None
+        if self.cpus >= (os.cpu_count() or 1):
+            return None
+        return max(1, min(self.cpus, usable_cores() // self.engines))
 
 
 class EngineKind(PlanningKind, Protocol):

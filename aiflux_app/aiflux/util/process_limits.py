@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 from aiflux.errors import AifluxError, StoppedError
 from aiflux.util.text import context
@@ -38,6 +39,18 @@ def usable_cpus(environ: Mapping[str, str]) -> int:
     cpus = len(os.sched_getaffinity(0))
     allotted = environ.get("SLURM_CPUS_ON_NODE", "")
     return min(cpus, int(allotted)) if allotted.isdecimal() and int(allotted) else cpus
+
+
+def usable_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the number of cores of this process: two CPUs are often one core (SMT)."""
+
+    def core(cpu: int) -> str:
+        try:
+            return (system / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            return str(cpu)
+
+    return len(set(map(core, os.sched_getaffinity(0))))
 
 
 def start_thread(

@@ -171,8 +171,8 @@ exit 1
 @pytest.mark.parametrize(
     ("body", "devices", "options", "wanted", "unwanted"),
     [
-        ({}, (), {}, "-t", "-ngl"),
-        ({}, ("0", "1"), {}, "-ngl 999 -lv 2", "-t"),
+        ({}, (), {}, "-lv 2", "-ngl"),
+        ({}, ("0", "1"), {}, "-ngl 999 -lv 2", "-np 1"),
         ({}, (), {"log_level": "DEBUG"}, "-lv 5", "-ngl"),
         ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},

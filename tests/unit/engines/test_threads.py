@@ -17,7 +17,7 @@ from aiflux.engines.ollama.store import missing_parts, read_manifest
 from aiflux.engines.ollama.threads import store_with_threads
 from aiflux.errors import ModelError
 from aiflux.models.name import ModelName
-from aiflux.util.process_limits import usable_cpus
+from aiflux.util.process_limits import usable_cores, usable_cpus
 from tests.unit.helpers import write_input
 from tests.unit.made_models import put_model, tree
 
@@ -38,6 +38,16 @@ def test_cpus_are_those_of_the_process_and_of_the_job(allotted: str, found: int)
     assert usable_cpus({"SLURM_CPUS_ON_NODE": allotted}) == found
 
 
+def test_two_cpus_of_one_core_are_one_core(tmp_path: Path) -> None:
+    """The folder is as the kernel's, of a node where all CPUs of this process are one core."""
+    for cpu in os.sched_getaffinity(0):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text("0-127\n")
+    assert usable_cores(tmp_path) == 1
+    assert usable_cores(tmp_path / "missing") == CPUS
+
+
 def spec(tmp_path: Path, engines: int, **environ: str) -> EngineSpec:
     kind = kind_named("ollama")
     facts = scan_input(write_input(tmp_path / "in.jsonl", 1), "m:1", rules=kind.input_rules)
@@ -50,7 +60,7 @@ def spec(tmp_path: Path, engines: int, **environ: str) -> EngineSpec:
 def test_engines_share_the_cpus_of_a_job(tmp_path: Path) -> None:
     whole = spec(tmp_path, 1)
     assert whole.cpus == CPUS
-    assert whole.threads == (CPUS if (os.cpu_count() or 1) > CPUS else None)
+    assert whole.threads == (usable_cores() if (os.cpu_count() or 1) > CPUS else None)
     part = spec(tmp_path, 1, SLURM_CPUS_ON_NODE="1")
     assert (part.cpus, part.threads) == (1, 1 if (os.cpu_count() or 1) > 1 else None)
     assert spec(tmp_path, 10 * CPUS).cpus == 1

@@ -122,7 +122,7 @@ class LlamaCppEngine(ManagedEngine):
             command += ["--ssl-key-file", str(listener.certificate_key)]
         if files.projector is not None:
             command += ["--mmproj", str(files.projector)]
-        threads = self.spec.threads if self.spec.devices else self.spec.cpus
+        threads = self.spec.threads
         command += [] if threads is None else ["-t", str(threads)]
         if self.spec.devices and not self._options.allow_cpu:
             command += ["-ngl", _ALL_LAYERS]

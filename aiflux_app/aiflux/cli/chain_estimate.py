@@ -18,10 +18,6 @@ from aiflux.cli.pilots import hardware, pilot_walltime
 from aiflux.cli.render.estimate import chain_forecast, full_command
 from aiflux.cli.run_argument import make_console, show, text_width
 from aiflux.converters.chain.folder import ChainFolder, ChainRuns
-from aiflux.converters.chain.rows import (
-    make_requests,
-    too_many_filter_failures,
-)
 from aiflux.converters.chain.steps_file import Step, layered, read_chain
 from aiflux.core.batch.request import custom_id_of
 from aiflux.core.config.settings import CHUNK, SKIP, given_settings
@@ -132,19 +128,15 @@ def _drawn(whole: ChainWork, pilot: Pilot, more: Mapping[str, Any]) -> Drawn:
     def draw(target: Path) -> Drawn:
         every = target.with_name("all.jsonl")
         try:
-            counts, summary = make_requests(chain, first, [], every)
             allowed = whole.configs[first.name].run_options().allowed_failures
-            if counts.failed > allowed(counts.samples):
-                raise too_many_filter_failures(
-                    chain, first.name, counts.failed, counts.samples, counts.reason
-                )
-            if summary is None:
+            count = whole.runs.draft(first, allowed, every)
+            if not count:
                 raise InputError(
                     f"no row of {str(chain.source)!r} passes the filter of the step {first.name}",
                     "correct the filter: there is nothing to estimate",
                 )
-            drawn = draw_requests(every, summary.requests, more["requests"], target)
-            return replace(drawn, whole=summary.requests)
+            drawn = draw_requests(every, count, more["requests"], target)
+            return replace(drawn, whole=count)
         finally:
             every.unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from aiflux import __version__
 from aiflux.api.chain_run import chain as run_chain
 from aiflux.cli.chain_estimate import _row_of
 from aiflux.cli.main import main
@@ -28,7 +29,10 @@ from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import StoppedError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
+from tests.tools.make_sif import make_sif
+from tests.tools.make_tiny_gguf import tiny
 from tests.unit.fake_commands import FakeCommands
+from tests.unit.fake_site import FakeSite
 
 AIFLUX = [sys.executable, "-m", "aiflux.cli"]
 SCORE = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"]}
@@ -1409,6 +1413,98 @@ def test_the_jobs_of_later_steps_are_checked_before_the_first_is_submitted(
     assert not fakes.calls("sbatch")
     steps(TWO, more=all_steps)
     assert main(["chain", "steps.yaml", "--no-wait"]) == 0
+    assert len(fakes.calls("sbatch")) == 2
+
+
+def files_in(place: Path) -> set[Path]:
+    return {path for path in place.rglob("*") if path.is_file() and "bin" not in path.parts}
+
+
+def test_a_dry_run_checks_the_jobs_of_all_steps(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n2,bad\n")
+    fakes = FakeCommands(place / "bin")
+    FakeSite().install(fakes)
+    monkeypatch.setenv("PATH", fakes.path)
+    all_steps = f"engine_command: '{COMMAND}'\ngpus_per_node: 0\n"
+    good = f"{TWO}  partition: gpu\n  time: 20:00:00\n"
+    steps(good, more=all_steps)
+    before = files_in(place)
+    assert main(["chain", "steps.yaml", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "step first: model m:1; 2 requests\n" in printed
+    unknown = "number and length of its requests: not known before first has run"
+    assert f"step second: model m:1; {unknown}\n" in printed
+    assert files_in(place) == before
+    for wrong, words in (
+        ("partition: gup", "this cluster has no partition 'gup'"),
+        ("partition: gpu\n  time: 30:00:00", "--time 30:00:00 is more than partition gpu allows"),
+        ("mem: 900G", "--mem 900G is more than any node"),
+        ("engine: llamacpp", "no image aiflux-llamacpp.sif"),
+        ("engine: llamacpp", "aiflux models pull m:1"),
+    ):
+        steps(f"{TWO}  {wrong}\n", more=all_steps)
+        assert main(["chain", "steps.yaml", "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert "step second: " in error
+        assert words in error, error
+    steps(f"{TWO}  partition: gup\n", more=f"{all_steps}partition: gip\n")
+    assert main(["chain", "steps.yaml", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert "steps first, second: 2 problems found; no job was submitted" in error
+    assert "1. this cluster has no partition 'gip'" in error
+    assert "2. this cluster has no partition 'gup'" in error
+    assert main(["chain", "steps.yaml", "--dry-run", "--no-preflight"]) == 0
+    assert files_in(place) == before
+
+
+def test_a_dry_run_checks_the_table_and_what_changed(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    (place / "out.csv").write_text("mine")
+    assert chain(engine, "--dry-run") == 2
+    assert "out.csv" in capsys.readouterr().err
+    (place / "out.csv").unlink()
+    assert chain(engine) == 0
+    steps(TWO.replace("answer:{text}", "answer:{text}!"))
+    before = files_in(place)
+    capsys.readouterr()
+    assert chain(engine, "--dry-run") == 2
+    assert "step first changed since it was begun" in capsys.readouterr().err
+    steps(f"{TWO}third:\n  template: 'answer:{{second}}'\n")
+    assert chain(engine, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "step first: model m:1; finished\n" in printed
+    assert "step third: model m:1; 1 request\n" in printed
+    assert files_in(place) == before
+
+
+def test_a_dry_run_checks_what_a_run_on_this_machine_needs(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    monkeypatch.setenv("PATH", str(place))
+    steps(f"{TWO}  engine: llamacpp\n", more=f"engine_command: '{COMMAND}'\n")
+    assert main(["chain", "steps.yaml", "--local", "--dry-run"]) == 4
+    assert "step second: " in capsys.readouterr().err
+
+
+def test_a_later_step_is_not_refused_for_the_prompts_of_the_first(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The prompts of a step that judges short answers are not known yet."""
+    (place / "in.csv").write_text(f"id,text\n1,{'x' * 600}\n")
+    (place / "m.gguf").write_bytes(tiny())
+    make_sif(place / "aiflux-llamacpp.sif", version=__version__, engine="llamacpp",
+             engine_version="1")  # fmt: skip
+    small = f"engine: llamacpp\n  model: {place}/m.gguf\n  context_length: 512\n"
+    steps(f"{TWO}  {small}", more=f"engine_command: '{COMMAND}'\ngpus_per_node: 0\n")
+    fakes = slurm(place, monkeypatch)
+    for more in ("--dry-run", "--no-wait"):
+        assert main(["chain", "steps.yaml", more]) == 0, capsys.readouterr().err
     assert len(fakes.calls("sbatch")) == 2
 
 

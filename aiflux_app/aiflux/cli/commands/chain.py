@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from aiflux.api.chain import (
@@ -19,6 +20,7 @@ from aiflux.api.chain import (
     refuse_settings,
     step_view,
 )
+from aiflux.cli.chain_jobs import StepRun, check_steps, show_warnings
 from aiflux.cli.commands.convert import show_trial
 from aiflux.cli.commands.status import follow
 from aiflux.cli.json_output import json_option, print_json
@@ -34,6 +36,7 @@ from aiflux.cli.start import (
     submit,
     write_output,
 )
+from aiflux.converters.answer_table import is_outdated
 from aiflux.converters.chain.folder import ChainRuns, LaterStep, StepRecord
 from aiflux.converters.chain.rows import (
     first_requests,
@@ -50,16 +53,14 @@ from aiflux.engines.kinds import kind_named
 from aiflux.errors import (
     AifluxError,
     ExitCode,
-    PreflightError,
     RunConflictError,
     UsageError,
 )
 from aiflux.slurm.jobs import JobId, join_jobs
 from aiflux.slurm.monitor import RunState, active_jobs, outcome
-from aiflux.slurm.preflight.local import finding_text
 from aiflux.slurm.script import package_command
-from aiflux.slurm.submit import LaterRun, plan_job, plan_later, submit_later
-from aiflux.util.files import absolute, expanded, short, write_json
+from aiflux.slurm.submit import LaterRun, plan_later, submit_later
+from aiflux.util.files import absolute, expanded, short, temporary_folder, write_json
 from aiflux.util.records import to_json
 from aiflux.util.text import counted
 
@@ -80,7 +81,7 @@ _START, _POLL = 10.0, 0.1  # seconds: for the start of a local process, and betw
 @option("-o", "--output", metavar="FILE", type=FILE, help="Table to write, instead of the file's")
 @option("--local", is_flag=True, help="Run on this machine, in the foreground")
 @option("--no-wait", is_flag=True, help="Submit the jobs and return")
-@option("--dry-run", is_flag=True, help="Check the steps, show the first requests, write nothing")
+@option("--dry-run", is_flag=True, help="Check all steps and their jobs, write nothing")
 @option("--force", is_flag=True, help="Overwrite a table; run steps again that changed")
 @option(
     "--no-preflight",
@@ -155,12 +156,48 @@ class ChainWork:
         return found
 
     def preview(self) -> int:
-        """Show the steps, and the first requests of the first one."""
+        """Check the steps and their jobs, and show the first requests of the first step."""
         configs = self.configs
-        for step in self.steps:
-            print(f"step {step.name}: model {configs[step.name].get('model')}")
+        self.runs.refuse(self._made_with, force=self.given["force"], active=self._active)
+        unfinished = [step for step in self.steps if not self.folder.finished(step.name)]
+        with temporary_folder() as folder:
+            asked = folder / "requests.jsonl"
+            first = unfinished[0] if unfinished else None
+            known = 0 if first is None else self._draft(first, asked)
+            before = ""
+            for step in self.steps:
+                about = counted(known, "request") if step is first else self._view(step.name).state
+                if step in unfinished[1:] and about == NOT_STARTED:
+                    about = f"number and length of its requests: not known before {before} has run"
+                print(f"step {step.name}: model {configs[step.name].get('model')}; {about}")
+                before = step.name
+            runs = (
+                self._drafted(step, asked, own=step is first)
+                for step in unfinished
+                if not self._view(step.name).active
+            )
+            if known:
+                show_warnings(check_steps(runs, preflight=not self.given["no_preflight"]))
         show_trial(first_requests(self.runs.chain, _SHOWN))
         return 0
+
+    def _draft(self, step: Step, target: Path) -> int:
+        return self.runs.draft(step, self.configs[step.name].run_options().allowed_failures, target)
+
+    def _drafted(self, step: Step, asked: Path, *, own: bool) -> StepRun:
+        """Return the run of a step that may have no folder yet.
+
+        Args:
+            asked: its requests, or those of an earlier step.
+            own: whether they are its own.
+        """
+        output, begun = self.folder.results(step.name), self.folder.run(step.name).plan.is_file()
+        if not output.parent.is_dir():  # on the same disk, for the check of its space
+            output = self.folder.output.with_name(f".{self.folder.output.name}.json")
+        replaces = begun and is_outdated(self.folder.run(step.name))
+        asked = self.folder.requests(step.name) if begun else asked
+        config, in_slurm = self.configs[step.name], self.in_slurm(step)
+        return StepRun(step.name, config, asked, output, own or begun, in_slurm, replaces)
 
     def run(self) -> int:
         """Do the work; return the exit code."""
@@ -171,9 +208,7 @@ class ChainWork:
 
     def run_steps(self) -> int | None:
         """Do the work of the steps; return the exit code, or None once all are finished."""
-        made_with = [answering(self.configs[step.name].run_options()) for step in self.steps]
-        active = [name for name in self.runs.names if self._view(name).active]
-        self.runs.begin(made_with, force=self.given["force"], active=active)
+        self.runs.begin(self._made_with, force=self.given["force"], active=self._active)
         submitted = False
         for at, step in enumerate(self.steps, start=1):
             print(f"step {at} of {len(self.steps)}: {step.name}")
@@ -191,6 +226,16 @@ class ChainWork:
             if code or not self.folder.finished(step.name):
                 return code
         return None
+
+    @property
+    def _made_with(self) -> list[dict[str, Any]]:
+        """What the answers of each step depend on."""
+        return [answering(self.configs[step.name].run_options()) for step in self.steps]
+
+    @property
+    def _active(self) -> list[str]:
+        """The steps that a process or a job works on."""
+        return [name for name in self.runs.names if self._view(name).active]
 
     def _is_begun(self, step: Step) -> bool:
         """Return whether another process works on a step, or has finished it.
@@ -256,29 +301,17 @@ class ChainWork:
         The requests of later steps are not known: those of the first step stand for them.
 
         Raises:
-            PreflightError: jobs cannot work; names all steps that have the problems.
+            AifluxError: jobs cannot work; names all steps that have the problems.
         """
-        refused: dict[str, PreflightError] = {}
-        for step in self.steps[self.steps.index(first) :]:
-            if not self.in_slurm(step) or self._view(step.name).state != NOT_STARTED:
-                continue
-            config = self.configs[step.name]
-            try:
-                planned = plan_job(
-                    config,
-                    config.get_slurm_config(),
-                    self.folder.requests(first.name),
-                    self.folder.results(step.name),
-                    config.run_options(),
-                    check=not self.given["no_preflight"],
-                    write=False,
-                )
-            except PreflightError as error:
-                refused[step.name] = error
-                continue
-            for finding in planned.findings if step is not first else ():
-                print(f"warning: step {step.name}: {finding_text(finding)}", file=sys.stderr)
-        _refuse_jobs(refused)
+        asked = self.folder.requests(first.name)
+        runs = (
+            self._drafted(step, asked, own=step is first)
+            for step in self.steps[self.steps.index(first) :]
+            if self.in_slurm(step) and self._view(step.name).state == NOT_STARTED
+        )
+        found = check_steps(runs, preflight=not self.given["no_preflight"])
+        found.pop(first.name, None)  # shown when it is submitted
+        show_warnings(found)
 
     def _later(self, step: Step, shards: int) -> LaterRun:
         directory = str(self.folder.directory.path)
@@ -415,15 +448,3 @@ class ChainWork:
             if step.unusable:
                 print(f"  step {step.name}: {step.unusable_text}")
         self.runs.refuse_unusable()
-
-
-def _refuse_jobs(refused: Mapping[str, PreflightError]) -> None:
-    """Raise one error for the problems of the jobs of some steps, if there are any."""
-    if not refused:
-        return
-    one, *_ = refused.values()
-    steps = f"{'step' if len(refused) == 1 else 'steps'} {', '.join(refused)}"
-    problems = tuple(dict.fromkeys(text for error in refused.values() for text in error.problems))
-    found = f"{counted(len(problems), 'problem')} found; no job was submitted"
-    message = one.message if len(refused) == 1 else found
-    raise PreflightError(f"{steps}: {message}", one.remedy, problems) from one

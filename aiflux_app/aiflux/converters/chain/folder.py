@@ -25,6 +25,7 @@ from zlib import crc32
 
 from aiflux.converters.answer_table import AnswerTable, first_difference, is_outdated
 from aiflux.converters.chain.rows import (
+    StepCounts,
     Unusable,
     make_requests,
     table_options,
@@ -332,42 +333,71 @@ class ChainRuns:
             raise storage_error(error, self.folder.directory.path) from error
         with self._lease():
             earlier = self.folder.record()
-            if not force:
-                self._refuse_foreign_table(earlier)
-            removed = () if earlier is None else (*earlier.removed, *earlier.steps)
-            known = {each.name: each for each in removed}
-            self._refuse_removed(active)
+            record = self._compared_record(earlier, answering, force=force, active=active)
             self._remove_discarded()
-            steps = []
-            for at, (step, given) in enumerate(zip(self.chain.steps, answering, strict=True)):
-                best, majority = step.chosen_by
-                now = StepRecord(step.name, _plain(step.asked), _plain(given), best, majority)
-                before = known.pop(step.name, None)
-                if before is not None:
-                    after = [each.name for each in self.chain.steps[at + 1 :]]
-                    now = self._compared(before, now, after, force=force, active=active)
-                steps.append(now)
-            chain = self.chain
-            record = ChainRecord(
-                chain.path,
-                chain.source,
-                chain.kind,
-                self.folder.output,
-                tuple(steps),
-                dict(chain.reader),
-                chain.filtered,
-                chain.skip_bad,
-                chain.only,
-                removed=tuple(known.values()),
-            )
-            if earlier is not None:
-                record = replace(
-                    record,
-                    writing=earlier.writing,
-                    table=earlier.table,
-                    made_from=earlier.made_from,
-                )
+            before = {} if earlier is None else {each.name: each for each in _all_steps(earlier)}
+            for now in record.steps:
+                known = before.get(now.name)
+                if known is not None and known.answering != now.answering:
+                    self._discard(now.name)
             self._write(record)
+
+    def refuse(
+        self,
+        answering: Sequence[Mapping[str, Any]],
+        *,
+        force: bool = False,
+        active: Collection[str] = (),
+    ) -> None:
+        """Refuse what ``begin`` refuses; nothing is written.
+
+        Raises:
+            RunConflictError, OutputExistsError: see ``begin``.
+            StorageError: the record of earlier starts cannot be read.
+        """
+        self.folder.directory.refuse_foreign()
+        self._compared_record(self.folder.record(), answering, force=force, active=active)
+
+    def _compared_record(
+        self,
+        earlier: ChainRecord | None,
+        answering: Sequence[Mapping[str, Any]],
+        *,
+        force: bool,
+        active: Collection[str],
+    ) -> ChainRecord:
+        """Return the record of the steps, compared with that of earlier starts."""
+        if not force:
+            self._refuse_foreign_table(earlier)
+        known = {} if earlier is None else {each.name: each for each in _all_steps(earlier)}
+        self._refuse_removed(active)
+        steps = []
+        for at, (step, given) in enumerate(zip(self.chain.steps, answering, strict=True)):
+            best, majority = step.chosen_by
+            now = StepRecord(step.name, _plain(step.asked), _plain(given), best, majority)
+            before = known.pop(step.name, None)
+            if before is not None:
+                after = [each.name for each in self.chain.steps[at + 1 :]]
+                now = self._compared(before, now, after, force=force, active=active)
+            steps.append(now)
+        chain = self.chain
+        record = ChainRecord(
+            chain.path,
+            chain.source,
+            chain.kind,
+            self.folder.output,
+            tuple(steps),
+            dict(chain.reader),
+            chain.filtered,
+            chain.skip_bad,
+            chain.only,
+            removed=tuple(known.values()),
+        )
+        if earlier is None:
+            return record
+        return replace(
+            record, writing=earlier.writing, table=earlier.table, made_from=earlier.made_from
+        )
 
     def _compared(
         self,
@@ -378,7 +408,7 @@ class ChainRuns:
         force: bool,
         active: Collection[str],
     ) -> StepRecord:
-        """Return the record of a step that has one; discard answers that depend on what changed.
+        """Return the record of a step that has one.
 
         Args:
             after: the steps after it, which ask about the samples that it chooses.
@@ -386,8 +416,6 @@ class ChainRuns:
         change = _change(before, now)
         if change is not None:
             self._refuse_change(now.name, [now.name], change, force=force, active=active)
-            if before.answering != now.answering and self.folder.begun(now.name):
-                self._discard(now.name)
             return now
         choice = _choice_change(before, now)
         if choice is not None:
@@ -429,7 +457,9 @@ class ChainRuns:
                 )
 
     def _discard(self, step: str) -> None:
-        """Remove the answers of a step."""
+        """Remove the answers of a step, if it was begun."""
+        if not self.folder.begun(step):
+            return
         run = self.folder.run(step).path
         try:
             self.folder.results(step).unlink(missing_ok=True)
@@ -525,11 +555,29 @@ class ChainRuns:
             )
             earlier = (each.with_unusable(counts.unusable) for each in record.steps[:at])
             self._write(replace(record, steps=(*earlier, now, *record.steps[at + 1 :])))
-            if refused:
-                raise too_many_filter_failures(
-                    self.chain, step.name, counts.failed, counts.samples, counts.reason
-                )
+            self._refuse_filter(step, counts, allowed)
         return summary, is_outdated(self.folder.run(step.name))
+
+    def draft(self, step: Step, allowed: Callable[[int], int], target: Path) -> int:
+        """Write the requests of a step whose earlier steps are finished; return their number.
+
+        Args:
+            allowed: see ``prepare``.
+            target: a file elsewhere, which may be empty afterwards.
+
+        Raises:
+            InputError, RunConflictError, TooManyFailuresError: see ``prepare``.
+        """
+        at = self.chain.steps.index(step)
+        counts, summary = make_requests(self.chain, step, self._results(at), target)
+        self._refuse_filter(step, counts, allowed)
+        return 0 if summary is None else summary.requests
+
+    def _refuse_filter(self, step: Step, counts: StepCounts, allowed: Callable[[int], int]) -> None:
+        if counts.failed > allowed(counts.samples):
+            raise too_many_filter_failures(
+                self.chain, step.name, counts.failed, counts.samples, counts.reason
+            )
 
     def _known(self) -> ChainRecord:
         record = self.folder.record()
@@ -637,6 +685,11 @@ class ChainRuns:
         asked = [step.asked for step in self.chain.steps]
         content = [self.chain.filtered, best, asked]
         return crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _all_steps(record: ChainRecord) -> tuple[StepRecord, ...]:
+    """Return the steps of a record, and those that were removed before, which come first."""
+    return (*record.removed, *record.steps)
 
 
 def _files(source: Path) -> list[Path]:

@@ -6,15 +6,18 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +28,7 @@ from aiflux.api.chain_run import chain as run_chain
 from aiflux.cli.chain_estimate import _row_of
 from aiflux.cli.main import main
 from aiflux.converters.chain.folder import ChainRuns
+from aiflux.converters.chain.rows import Sample, shown_order
 from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import StoppedError, UsageError
@@ -167,6 +171,12 @@ def compare(template: str, more: str = "", part: str = COMPARE, output: str = "o
     steps(part + more, "in.jsonl", output)
 
 
+def list_of_row(number: int, *texts: str) -> list[str]:
+    """Return the samples of a row as a step that compares them sees them."""
+    names = (f"row-{number}.{at}" for at in range(1, len(texts) + 1))
+    return [texts[at] for at in shown_order([Sample(name, {}) for name in names])]
+
+
 def lines_of(path: str = "out.jsonl") -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -178,21 +188,39 @@ def test_a_judge_compares_all_samples_of_a_row_and_names_one(
     compare(LONGEST, 'after:\n  template: "answer:{draft} {judge.best}"\n')
     assert chain(engine) == 0
     lines = lines_of()
-    assert [(line["draft"], line["judge.best"], line["after"]) for line in lines] == [
-        ("bbb", 2, "bbb 2"),
-        ("ffff", 3, "ffff 3"),
-    ]
-    assert lines[0]["judge.seen"] == ["a", "bbb", "cc"]
+    assert [line["draft"] for line in lines] == ["bbb", "ffff"]
+    for line, drawn in zip(lines, (["a", "bbb", "cc"], ["dd", "e", "ffff"]), strict=True):
+        seen, best = cast(list[str], line["judge.seen"]), cast(int, line["judge.best"])
+        assert sorted(seen) == drawn
+        assert seen[best - 1] == line["draft"]
+        assert line["after"] == f"{line['draft']} {best}"
     assert engine.seen.total() == 6, "one prompt for all samples of a row"
     assert chain(engine) == 0
     assert engine.seen.total() == 6
+
+
+def test_samples_are_compared_in_an_order_of_each_row(place: Path, engine: FaultyEngine) -> None:
+    """A judge that always names the first answer prefers no sample."""
+    write_drafts(*(("a", "b", "c") for _ in range(60)))
+    compare('answer:{"best": 1, "seen": {{ draft|tojson }}}')
+    assert chain(engine) == 0
+    lines = lines_of()
+    assert all(line["draft"] == cast(list[str], line["judge.seen"])[0] for line in lines)
+    counts = Counter(line["draft"] for line in lines)
+    assert {*counts} == {"a", "b", "c"}
+    assert min(counts.values()) > 10, counts
+    assert len({str(line["judge.seen"]) for line in lines}) == 6, "all orders"
+    shutil.rmtree(place / "out.jsonl.aiflux")
+    (place / "out.jsonl").unlink()
+    assert chain(engine) == 0
+    assert lines_of() == lines, "the same order at each start"
 
 
 def test_a_judge_can_score_all_samples_in_one_prompt(place: Path, engine: FaultyEngine) -> None:
     write_drafts(("a", "bbb", "cc"), ("dd", "e", "ff"))
     compare('answer:{"best": {{ draft|map("length")|list }}}')
     assert chain(engine) == 0
-    assert [line["draft"] for line in lines_of()] == ["bbb", "dd"], "the first of equal ones"
+    assert [line["draft"] for line in lines_of()] == ["bbb", "dd"], "the first sample of equal ones"
 
 
 def test_several_verdicts_of_a_judge_are_counted(place: Path, engine: FaultyEngine) -> None:
@@ -214,7 +242,10 @@ def test_several_verdicts_of_a_judge_are_counted(place: Path, engine: FaultyEngi
     compare("body:{{ verdicts }}{# {{ draft }} #}", "  samples: 3\n")
     assert chain(engine, "--max-failures", "1") == 0
     lines = lines_of()
-    assert [line["draft"] for line in lines] == ["c", "a", ["a", "b", "c"], "b"]
+    shown = [list_of_row(at, "a", "b", "c") for at in range(1, 5)]
+    assert [line["draft"] for line in lines] == [
+        shown[0][2], shown[1][0], shown[2], shown[3][1]
+    ]  # fmt: skip
     assert [line["judge.best"] for line in lines] == ["3", "1", "4", [1, 5, 0]]
     assert lines[2]["error"] == (
         "judge: best has no value: 'judge.best' is '4', which is no sample from 1 to 3"
@@ -226,12 +257,14 @@ def test_a_row_without_a_readable_verdict_keeps_all_samples(
     place: Path, engine: FaultyEngine, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_drafts(("a", "bbb", "c"), ("dd", "e", "f"))
-    compare('answer:{"best": {{ 2 if draft[0] == "a" else 4 }}}', output=f"out.{form}")
+    best = "(draft|list).index('bbb') + 1 if 'bbb' in draft else 4"
+    compare(f'answer:{{"best": {{{{ {best} }}}}}}', output=f"out.{form}")
     assert chain(engine) == 3
     printed = capsys.readouterr()
     assert "step judge: 1 row without a usable answer: best has no value" in printed.err
     if form == "csv":
-        assert [row["draft"] for row in rows_of("out.csv")] == ["bbb", '["dd", "e", "f"]']
+        every = json.dumps(list_of_row(2, "dd", "e", "f"))
+        assert [row["draft"] for row in rows_of("out.csv")] == ["bbb", every]
 
 
 def test_a_step_without_best_makes_one_of_all_samples(place: Path, engine: FaultyEngine) -> None:

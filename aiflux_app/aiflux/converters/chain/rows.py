@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from math import isnan
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -145,8 +146,19 @@ def compared(step: Step, row: Row, samples: list[Sample]) -> list[Sample]:
     alive = tuple(sample for sample in samples if sample.lives)
     if not alive:
         return [_ended(samples)]
-    lists = {name: [each.cells[name] for each in alive] for name in step.compare}
+    shown = [alive[at] for at in shown_order(alive)]
+    lists = {name: [each.cells[name] for each in shown] for name in step.compare}
     return [Sample(row.name, {**alive[0].cells, **lists}, members=alive)]
+
+
+def shown_order(members: Sequence[Sample]) -> list[int]:
+    """Return the places of samples in the order in which a step that compares them sees them.
+
+    Judges prefer answers for their position. An order by the hashes of the names differs from row
+    to row, and is the same at each start.
+    """
+    digests = [sha256(each.name.encode("utf-8", "surrogatepass")).digest() for each in members]
+    return sorted(range(len(members)), key=digests.__getitem__)
 
 
 def filtered(step: Step, sample: Sample) -> Sample:
@@ -237,7 +249,9 @@ def _preferred(step: Step, best: Expression, verdicts: Sequence[Sample]) -> Samp
     """Return the sample that most of the verdicts name, or that they score highest in all."""
 
     def scores(verdict: Sample) -> list[int | float]:
-        return _scores(best, best.value(verdict.cells), len(verdict.members))
+        shown = _scores(best, best.value(verdict.cells), len(verdict.members))
+        found = zip(shown_order(verdict.members), shown, strict=True)
+        return [score for _, score in sorted(found)]
 
     found = _valued(step, "best", scores, verdicts)
     if not isinstance(found, list):
@@ -253,7 +267,7 @@ def _preferred(step: Step, best: Expression, verdicts: Sequence[Sample]) -> Samp
 
 
 def _scores(best: Expression, value: Any, count: int) -> list[int | float]:
-    """Return the scores of the samples that a verdict gives: a list of them, or a number."""
+    """Return the scores that a verdict, a list of them or a number, gives to shown samples."""
     if isinstance(value, list | tuple):
         if len(value) != count:
             raise ValueError(f"{best.text!r} has {len(value)} scores for {count} samples")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 from aiflux.converters.chain.folder import ChainFolder, ChainRecord, StepRecord
@@ -16,6 +16,7 @@ from aiflux.core.runs.status_file import file_change
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ExitCode, SlurmError, UsageError
 from aiflux.models.endpoints import ENDPOINTS
+from aiflux.report.build import without_secrets
 from aiflux.slurm.commands import task_states
 from aiflux.slurm.jobs import JobId, read_submissions
 from aiflux.slurm.monitor import gather
@@ -125,25 +126,36 @@ class ChainView:
         return RunState.STOPPED.value if begun else step.state
 
     @property
-    def next_command(self) -> str | None:
-        """The command that completes the chain; None if nothing is left to do, or something runs.
+    def stopped(self) -> bool:
+        """Whether something is left to do, and nothing works on it.
 
         A chain of which nothing is left to run still has to write its table.
         """
         step = self.unfinished
-        ended = not self.written if step is None else not step.active
-        return self.command if ended else None
+        return not self.written if step is None else not step.active
 
     @property
-    def command(self) -> str:
-        """The command that continues the chain, but for its other settings."""
-        if self.record.only:
-            return f"aiflux estimate {quote(str(self.record.file))}"
-        words = ["aiflux chain", quote(str(self.record.file))]
+    def next_command(self) -> str | None:
+        """The command that completes the chain; None unless it has ``stopped``."""
+        return self.command() if self.stopped else None
+
+    def command(self, *, anywhere: bool = False) -> str:
+        """Return the command that continues the chain, with the options of the last one.
+
+        Args:
+            anywhere: name the directory in which to give it also if it is the current one.
+        """
+        record = self.record
+        words = ["aiflux", "estimate" if record.only else "chain", str(record.file)]
         with suppress(ConfigError):  # such as a file that is gone
-            if chain_output(self.record.file) != self.folder.output:
-                words.append(f"--output {quote(str(self.folder.output))}")
-        return " ".join([*words, *(["--retry-failed"] if self.failing is not None else [])])
+            if not record.only and chain_output(record.file) != self.folder.output:
+                words += ["--output", str(self.folder.output)]
+        options = without_secrets(record.options)  # --engine-command can have a key
+        retry = [] if self.failing is None or record.only else ["--retry-failed"]
+        text = join([*words, *options, *retry])
+        if record.place is not None and (anywhere or record.place != absolute(".")):
+            text = f"cd {quote(str(record.place))} && {text}"
+        return text
 
     @property
     def exit_code(self) -> ExitCode:

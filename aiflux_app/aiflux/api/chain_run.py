@@ -9,6 +9,7 @@ from aiflux.api.chain import answering, refuse_settings, step_view
 from aiflux.api.run import Run, run
 from aiflux.converters.chain.folder import ChainRuns, StepRecord
 from aiflux.converters.chain.steps_file import layered, read_chain
+from aiflux.core.config.settings import option_words
 from aiflux.core.runs.output import merge
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import refuse_failures
@@ -59,7 +60,8 @@ def chain(
         refuse_settings(step, options_of[step.name])
     made_with = [answering(each) for each in options_of.values()]
     active = [name for name in runs.names if _active(runs, name)]
-    runs.begin(made_with, force=force, active=active)
+    given_words = option_words({**options, "retry_failed": None, "local": local or None})
+    runs.begin(made_with, force=force, active=active, options=given_words, place=folder)
     for step in runs.chain.steps:
         started = Run(runs.folder.run(step.name).path, runs.folder.results(step.name))
         if not _active(runs, step.name):

@@ -117,7 +117,8 @@ def chain_page(view: ChainView, reports: Mapping[str, Report], target: Path) -> 
         )
         for step in view.steps
     ]
-    return page_of_chain(str(view.folder.output), view.state, steps, view.next_command)
+    command = view.command(anywhere=True) if view.stopped else None
+    return page_of_chain(str(view.folder.output), view.state, steps, command)
 
 
 def _plots(report: Report) -> tuple[dict[str, Markup], str | None]:

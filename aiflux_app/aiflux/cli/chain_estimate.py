@@ -20,7 +20,7 @@ from aiflux.cli.run_argument import make_console, show, text_width
 from aiflux.converters.chain.folder import ChainFolder, ChainRuns
 from aiflux.converters.chain.steps_file import Step, layered, read_chain
 from aiflux.core.batch.request import custom_id_of
-from aiflux.core.config.settings import CHUNK, SKIP, given_settings
+from aiflux.core.config.settings import CHUNK, SKIP, given_settings, option_words
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
 from aiflux.errors import (
@@ -57,10 +57,13 @@ def estimate_chain(source: str, output: str | None, more: Mapping[str, Any]) -> 
     steps = tuple(_pilot_step(whole, step) for step in chain.steps)
     small = replace(chain, output=pilot.output, steps=steps, only=tuple(names))
     kept = {name: value for name, value in more.items() if name not in given_settings(more)}
+    asked = {"input": source, "output": output, **given, "local": more["local"] or None}
+    asked["no_preflight"] = more["no_preflight"] or None
     work = ChainWork(
         ChainRuns.of(small),
         {**kept, "no_wait": not (more["wait"] or whole.local), "force": False},
     )
+    work.options = option_words({**asked, "requests": more["requests"], "input": None})
     work.again = "run the same command again for the estimate; --wait waits for the jobs"
     code = None
     if not all(work.folder.finished(step.name) for step in steps):
@@ -78,8 +81,6 @@ def estimate_chain(source: str, output: str | None, more: Mapping[str, Any]) -> 
     )
     rates = Rates.of(whole.configs[chain.steps[0].name])
     write_json(pilot.estimate, found.to_json(rates))
-    asked = {"input": source, "output": output, **given, "local": more["local"] or None}
-    asked["no_preflight"] = more["no_preflight"] or None
     command = full_command(asked, False, None, "chain")
     if more["as_json"]:
         print_json({"estimate": found.to_json(rates), "command": command})

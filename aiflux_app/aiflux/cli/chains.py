@@ -195,7 +195,7 @@ def _cancel_steps(folder: ChainFolder, steps: Sequence[StepView], *, as_json: bo
         print(f"process {pid} stops: requests in flight get some time to finish")
     if not jobs and not processes:
         print(f"{short(folder.output)} has no pending or running job: it is {view.state}")
-    print(f"  continue it, with the same options: {view.command}")
+    print(f"  continue it: {view.command()}")
     return 0
 
 

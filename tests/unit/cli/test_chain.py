@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shlex
@@ -31,7 +32,7 @@ from aiflux.converters.chain.folder import ChainRuns
 from aiflux.converters.chain.rows import Sample, shown_order
 from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
-from aiflux.errors import StoppedError, UsageError
+from aiflux.errors import StoppedError, TooManyFailuresError, UsageError
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.tools.make_tiny_gguf import tiny
@@ -648,9 +649,8 @@ third:
     assert printed.startswith("out.csv  finished with failures\n")
     assert re.search(r"second +finished with failures +2/2 +1", printed)
     assert re.search(r"third +not started", printed)
-    assert (
-        f"next: aiflux chain {place}/steps.yaml --retry-failed (with the same options)\n" in printed
-    )
+    again = shlex.join(["aiflux", "chain", f"{place}/steps.yaml", *words(engine)[2:]])
+    assert f"next: {again} --retry-failed\n" in printed
     assert chain(engine) == 3, "the same command does not hide the failure"
     before = engine.seen.total()
     assert chain(engine, "--max-failures", "1") == 0
@@ -1191,10 +1191,60 @@ def test_one_status_and_one_report(
     assert "is a chain of several runs" in error
     assert "out.csv.aiflux/steps/second.json" in error
     assert main(["resume", "out.csv"]) == 2
-    assert (
-        f"continue it, with the same options: aiflux chain {place}/steps.yaml"
-        in capsys.readouterr().err
-    )
+    assert f"continue it: aiflux chain {place}/steps.yaml --engine-url " in capsys.readouterr().err
+
+
+def test_the_command_that_continues_a_chain_can_be_typed_as_it_is(
+    tmp_path: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = tmp_path / "a b $(x) it's"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (place / "in.csv").write_text("id,text\n1,good\n2,400\n")
+    steps('first:\n  template: "{text}"\nsecond:\n  template: "answer:{first}"\n')
+    typed = [*words(engine, "--output", "it's.csv"), "--stop=--x $y", "--no-validate"]
+    assert main([*typed, "--force", "--no-wait", "--json"]) == 3
+    shown = json.loads(capsys.readouterr().out)["next_command"]
+    assert shlex.split(shown) == [
+        "aiflux", "chain", str(place / "steps.yaml"), "--output", str(place / "it's.csv"),
+        "--engine-url", engine.url, "--retry-delay", "0.01", "--max-retries", "0",
+        "--stop=--x $y", "--no-validate", "--retry-failed",
+    ]  # fmt: skip
+    for command in ("status", "cancel"):
+        assert main([command, "it's.csv"]) == 0
+        assert shown in capsys.readouterr().out
+    assert main(["report", "it's.csv"]) == 0
+    page = html.unescape((place / "it's.csv.aiflux" / "report.html").read_text())
+    assert f"<code>cd {shlex.quote(str(place))} && {shown}</code>" in page
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", str(place / "it's.csv")]) == 2
+    there = capsys.readouterr().err.partition("continue it: ")[2].strip()
+    assert there == f"cd {shlex.quote(str(place))} && {shown}"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["status", str(place / "it's.csv")]) == 0
+    assert there in capsys.readouterr().out
+    bash = f'aiflux() {{ {shlex.join(AIFLUX)} "$@"; }}; {there}'
+    before = engine.seen.total()
+    done = subprocess.run(["bash", "-c", bash], check=False, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert engine.seen.total() == before + 1, "the failed request was tried again"
+
+
+def test_a_chain_from_python_is_continued_by_a_command(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,400\n")
+    steps(TWO.replace("answer:{text}", "{text}"))
+    with pytest.raises(TooManyFailuresError):
+        run_chain(
+            "steps.yaml", engine_url=engine.url, stop=["a", "-b"], max_retries=0, progress=False
+        )
+    assert main(["status", "out.csv"]) == 0
+    printed = capsys.readouterr().out
+    options = f"--engine-url {engine.url} --stop a --stop=-b --max-retries 0 --retry-failed"
+    assert f"  next: aiflux chain {place}/steps.yaml {options}\n" in printed
 
 
 def test_a_chain_that_stopped_between_two_steps(
@@ -1211,8 +1261,9 @@ def test_a_chain_that_stopped_between_two_steps(
     assert main(["status", "other.csv"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("other.csv  stopped\n")
-    again = f"aiflux chain {place}/steps.yaml --output {place}/other.csv"
-    assert f"next: {again} (with the same options)\n" in printed
+    more = ["--output", f"{place}/other.csv", *words(engine)[2:]]
+    again = shlex.join(["aiflux", "chain", f"{place}/steps.yaml", *more])
+    assert f"next: {again}\n" in printed
 
 
 # --- estimates --------------------------------------------------------------------------------
@@ -1541,6 +1592,21 @@ def test_a_later_step_is_not_refused_for_the_prompts_of_the_first(
     assert len(fakes.calls("sbatch")) == 2
 
 
+def test_the_command_that_continues_a_chain_shows_no_key(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,good\n")
+    steps(TWO)
+    slurm(place, monkeypatch)
+    with_key = ("--engine-command", f"{COMMAND} --api-key secret-word")
+    assert main(slurm_words("--no-wait", *with_key)) == 0
+    capsys.readouterr()
+    assert main(["cancel", "out.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "continue it: aiflux chain " in printed
+    assert "--api-key (not shown)" in printed
+
+
 def job(place: Path, step: str, shard: int = 0, chain: str = "out.csv") -> int:
     """Run what the job of a step runs, without the shell around it."""
     run = RunDirectory(place / f"{chain}.aiflux" / "steps" / f"{step}.json.aiflux")
@@ -1612,10 +1678,13 @@ def test_the_pilot_of_a_chain_in_slurm(
     assert re.search(r"step third\n(.*\n)+recommended: one job of 00:", printed)
     assert "full chain, with shards and time of each step in its file:\n" in printed
     assert main(["status", "out.csv.pilot/results.json"]) == 0
-    again = f"aiflux estimate {place}/steps.yaml"
-    assert f"next: {again} (with the same options)\n" in capsys.readouterr().out
+    again = capsys.readouterr().out.partition("next: ")[2].strip()
+    given = shlex.split(again)
+    assert given[:3] == ["aiflux", "estimate", f"{place}/steps.yaml"]
+    assert {"--engine-command", COMMAND, "--requests", "20", "--no-preflight"} < {*given}
     assert main(["cancel", "out.csv.pilot/results.json"]) == 0
-    assert f"continue it, with the same options: {again}\n" in capsys.readouterr().out
+    assert f"continue it: {again}\n" in capsys.readouterr().out
+    assert main(given[1:]) == 0
     assert len(fakes.calls("sbatch")) == 3
 
 

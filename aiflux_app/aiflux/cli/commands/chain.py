@@ -45,7 +45,7 @@ from aiflux.converters.chain.rows import (
 from aiflux.converters.chain.steps_file import Step, layered, read_chain
 from aiflux.converters.writer import Summary
 from aiflux.core.config.config import Config
-from aiflux.core.config.settings import given_settings
+from aiflux.core.config.settings import given_settings, option_words
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.registry import register
 from aiflux.core.runs.status_file import refuse_failures
@@ -130,6 +130,9 @@ class ChainWork:
         self.folder = runs.folder
         self.given = given
         self.name = typed(short(self.folder.output))
+        kept = {**given_settings(given), "retry_failed": None}
+        flags = {name: given[name] or None for name in ("local", "no_preflight")}
+        self.options = option_words({**kept, **flags})
 
     @property
     def steps(self) -> Sequence[Step]:
@@ -208,7 +211,13 @@ class ChainWork:
 
     def run_steps(self) -> int | None:
         """Do the work of the steps; return the exit code, or None once all are finished."""
-        self.runs.begin(self._made_with, force=self.given["force"], active=self._active)
+        self.runs.begin(
+            self._made_with,
+            force=self.given["force"],
+            active=self._active,
+            options=self.options,
+            place=absolute("."),
+        )
         submitted = False
         for at, step in enumerate(self.steps, start=1):
             print(f"step {at} of {len(self.steps)}: {step.name}")

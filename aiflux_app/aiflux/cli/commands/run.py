@@ -290,7 +290,7 @@ def resume(
 
         raise UsageError(
             f"{run!r} is a chain of several runs",
-            f"continue it, with the same options: {chain_view(chain).command}",
+            f"continue it: {chain_view(chain).command()}",
         )
     directory = located(run)
 

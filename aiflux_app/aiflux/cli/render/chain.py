@@ -35,11 +35,11 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
     step = view.unfinished
     if step is not None:
         lines += [Text(f"  {one_line(text)}") for text in _why(step)]
-    if view.next_command is not None:
-        lines.append(Text(f"  next: {view.next_command} (with the same options)"))
     for line in lines:
         if frame.width is not None:
             line.truncate(frame.width, overflow="ellipsis")
+    if view.next_command is not None:  # whole, to be copied
+        lines.append(Text(f"  next: {view.next_command}"))
     return lines
 
 

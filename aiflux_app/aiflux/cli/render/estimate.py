@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from aiflux.core.config.settings import section_settings
+from aiflux.core.config.settings import option_words, section_settings
 from aiflux.estimates.chain import ChainEstimate
 from aiflux.estimates.energy import UNKNOWN_RATES, Rates, kwh_text
 from aiflux.estimates.estimate import SLURM, ComparedFigure, Estimate, Range
@@ -215,15 +215,7 @@ def full_command(
     }
     if slurm and found is not None:
         wanted |= {"shards": found.shards, "time": found.time}
-    words = ["aiflux", command]
-    for name, value in wanted.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            values = value if isinstance(value, list | tuple) else [value]
-            words += [word for each in values for word in (f"--{option}", str(each))]
-    return shlex.join(words)
+    return shlex.join(["aiflux", command, *option_words(wanted)])
 
 
 def count(number: float) -> str:

@@ -131,6 +131,8 @@ class ChainRecord:
         table: the table as it was written.
         made_from: what it was made from, as for a step.
         removed: steps that the file does not have any more, in case it gets them again.
+        options: of the last command, as words; without those that say what to do again.
+        place: directory in which it was given.
 
     The others are those of ``Chain``.
     """
@@ -148,6 +150,8 @@ class ChainRecord:
     table: WrittenFile | None = None
     made_from: tuple[int, ...] = ()
     removed: tuple[StepRecord, ...] = ()
+    options: tuple[str, ...] = ()
+    place: Path | None = None
 
     def chain(self) -> Chain:
         """Return the chain as it was begun, without the settings of its steps."""
@@ -313,11 +317,14 @@ class ChainRuns:
         *,
         force: bool = False,
         active: Collection[str] = (),
+        options: Sequence[str] = (),
+        place: Path | None = None,
     ) -> None:
         """Compare the steps with those of earlier starts, and record them.
 
         Args:
             answering: what the answers of each step depend on.
+            options, place: see ``ChainRecord``.
             force: overwrite the table; run changed steps again.
             active: those of ``names`` that a process or a job works on.
 
@@ -340,7 +347,7 @@ class ChainRuns:
                 known = before.get(now.name)
                 if known is not None and known.answering != now.answering:
                     self._discard(now.name)
-            self._write(record)
+            self._write(replace(record, options=tuple(options), place=place))
 
     def refuse(
         self,

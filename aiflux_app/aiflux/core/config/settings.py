@@ -337,6 +337,22 @@ def settings_texts(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line; None means not given."""
+    words = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+            continue
+        values = _pair_texts(value) if isinstance(value, Mapping) else value
+        for each in values if isinstance(values, list | tuple) else [values]:
+            if each is not None:
+                text = str(each)
+                words += [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return words
+
+
 def _pair_texts(pairs: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" if value else key for key, value in pairs.items()]
 

@@ -354,7 +354,7 @@ def _stored(rows: pyarrow.Table, table: AnswerTable) -> Iterator[None]:
 
 def _with_answers(frame: Frame, table: AnswerTable, record: AskRecord, view: RunView) -> Frame:
     """Return the DataFrame with further columns; its own stay as they are."""
-    whole = results_to_arrow(table.results, table.options(record, view.failed))
+    whole = results_to_arrow(table.results, table.options(record, view.without_answer))
     kept = len(_arrow(frame).column_names)
     added = whole.select(whole.column_names[kept:])
     kind = type(frame).__module__.partition(".")[0]

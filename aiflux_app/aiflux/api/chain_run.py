@@ -103,4 +103,4 @@ def _refuse_unfinished(step: str, view: RunView, started: Run) -> None:
             ended_early(view, f"step {step}"),
             f"{view.remedy or 'see aiflux status'}; call aiflux.chain again to resume it",
         )
-    refuse_failures(plan, view.failed)
+    refuse_failures(plan, view.without_answer)

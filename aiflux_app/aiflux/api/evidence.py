@@ -17,7 +17,7 @@ from aiflux import __version__
 from aiflux.core.batch.input_file import change_of
 from aiflux.core.batch.results_file import output_paths
 from aiflux.core.runs.directory import RunDirectory, user_output
-from aiflux.core.runs.journal import is_part, journal_lines
+from aiflux.core.runs.journal import is_part, journal_lines, split_line
 from aiflux.core.runs.plan import Plan, read_plan
 from aiflux.core.runs.status_file import (
     UNRECORDED,
@@ -204,11 +204,12 @@ def _seal(plan: Plan, run: RunDirectory, details: Sequence[StatusDetails]) -> Se
 
     A damaged line may be a result that is not counted, of whatever start.
     """
-    results = -plan.left_out
+    results = 0  # that an engine gave
     damaged: list[int] = []
     for shard in plan.shards:
         journal = journal_lines(run.journal(shard.index), damaged.append)
-        results += sum(not is_part(line) for _, line in journal)
+        lines = (line for _, line in journal if not is_part(line))
+        results += sum(not split_line(line).left_out for line in lines)
     seal = whole_seal(details, results)
     if seal.sealed and damaged:
         return Seal(None, f"the journals have {counted(len(damaged), 'damaged line')}")

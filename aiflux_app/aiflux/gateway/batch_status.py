@@ -148,7 +148,7 @@ def _settled(batch: BatchFiles) -> BatchState | None:
     if moments["cancelled_at"] is not None:
         now = time.time()
         view = assemble(read_facts(batch.run, now), None, now)
-        counts = Counts(view.total, view.completed, view.failed)
+        counts = Counts(view.total, view.completed, view.without_answer)
         return _with_run(batch, BatchState("cancelled", counts, moments), plan, whole)
     if batch.submitted_file.exists():
         return None
@@ -179,7 +179,7 @@ def _going(batch: BatchFiles, view: RunView | AifluxError) -> BatchState:
         return BatchState("failed", errors=(BatchError("run_unreadable", str(view)),))
     plan = read_plan(batch.run)
     whole = read_run_status(batch.run, plan)
-    counts = Counts(view.total, view.completed, view.failed)
+    counts = Counts(view.total, view.completed, view.without_answer)
     cancelling = batch.moment(batch.cancelling_file)
     status = "cancelling" if cancelling is not None else _GOING.get(view.state, "failed")
     state = BatchState(status, counts, {"cancelling_at": cancelling})

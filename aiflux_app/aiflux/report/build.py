@@ -18,7 +18,7 @@ from aiflux.core.runs.status_file import (
     EngineFacts,
     StatusDetails,
     StatusFile,
-    left_out,
+    left_out_by_workers,
     whole_seal,
 )
 from aiflux.engines.kinds import engine_kind
@@ -108,7 +108,7 @@ def shard_rows(sources: ReportSources) -> Iterable[ShardRow]:
             job=details.slurm.task or None,
             total=shard.requests,
             completed=counts.completed,
-            failed=counts.failed,
+            failed=counts.failed - min(details.left_out, counts.failed),
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
             seconds=round(seconds, 1),
@@ -221,7 +221,7 @@ def what_ran(sources: ReportSources, whole: Tally) -> What:
     plan, known = sources.plan, all_details(sources)
     title = engine_kind(plan.options).title
     images = [details.image for details in known if details.image]
-    seal = whole_seal(known, whole.results - plan.left_out)
+    seal = whole_seal(known, whole.results - whole.unsent)
     models = _models(plan, whole, known)
     versions = Counter(_kind(engine, title) for details in known for engine in details.engines)
     return What(
@@ -486,7 +486,8 @@ def _warnings(sources: ReportSources) -> Iterable[str]:
     lost = 0
     for status, found in zip(sources.statuses, sources.tallies, strict=True):
         counts = Counts(0, 0, 0) if status is None else status.counts
-        lost += max(0, counts.completed + counts.failed - found.completed - found.failed)
+        done = found.completed + found.failed + found.left_out
+        lost += max(0, counts.completed + counts.failed - done)
     if lost:
         yield (
             f"{counted(lost, 'result')} that the run counted {'is' if lost == 1 else 'are'} not in "
@@ -502,13 +503,16 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
     if sources.condition.finished and sources.whole is not None:
         statuses = [sources.whole]
     completed = sum(status.counts.completed for status in statuses)
-    failed = sum(status.counts.failed for status in statuses)
+    without_answer = sum(status.counts.failed for status in statuses)
+    left_out = min(sum(status.details.left_out for status in statuses), without_answer)
+    by_plan = plan.allowed_failures + left_out_by_workers(plan, all_details(sources))
     return RequestCounts(
         total=plan.requests,
         completed=completed,
-        failed=failed,
-        left=max(0, plan.requests - completed - failed),
-        allowed_failures=plan.allowed_failures + left_out(plan, all_details(sources)),
+        failed=without_answer - left_out,
+        left_out=left_out,
+        left=max(0, plan.requests - completed - without_answer),
+        allowed_failures=max(by_plan - left_out, plan.options.allowed_failures(plan.requests)),
         recorded=whole.results,
         superseded=whole.superseded,
         cut_at_limit=whole.cut,

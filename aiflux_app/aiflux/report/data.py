@@ -100,11 +100,17 @@ class What:
 
 @dataclass(frozen=True)
 class RequestCounts:
-    """Numbers of requests; ``recorded``: all results, ``superseded``: those that were retried."""
+    """Numbers of requests.
+
+    Attributes:
+        left_out: those that were not sent because their prompts are too long.
+        recorded: all results; ``superseded``: those that were retried.
+    """
 
     total: int
     completed: int
     failed: int
+    left_out: int
     left: int
     allowed_failures: int
     recorded: int

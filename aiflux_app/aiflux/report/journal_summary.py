@@ -328,6 +328,8 @@ class Tally:
         seconds: total time of the attempts that gave the results; ``latency``: of each answer.
         attempts: results by number of attempts; ``MANY_ATTEMPTS`` stands for more, too.
         failures: requests that failed, by code; the last result of a request counts.
+        left_out: requests that were not sent because their prompts are too long; ``unsent``: all
+            such results.
         cut: answers that ended at their token limit; ``filtered``: that a content filter stopped.
         truncated: answers to prompts that the engine truncated.
         unfit: answers that did not fit their schema.
@@ -350,6 +352,8 @@ class Tally:
     timeline: Timeline = field(default_factory=Timeline)
     attempts: Counter[int] = field(default_factory=Counter)
     failures: dict[str, Failures] = field(default_factory=dict)
+    left_out: int = 0
+    unsent: int = 0
     models: Counter[str] = field(default_factory=Counter)
     digests: dict[str, set[str]] = field(default_factory=dict)
     engines: dict[int, EngineTally] = field(default_factory=dict)
@@ -362,13 +366,15 @@ class Tally:
     @property
     def completed(self) -> int:
         """Requests whose last result is an answer."""
-        return self.results - self.superseded - self.failed
+        return self.results - self.superseded - self.failed - self.left_out
 
     def merge(self, other: Tally) -> None:
         """Add another shard's results, except for its engines."""
         for name in (
             "results",
             "superseded",
+            "left_out",
+            "unsent",
             "prompt_tokens",
             "completion_tokens",
             "cut",
@@ -409,13 +415,13 @@ def tally(lines: Iterable[tuple[bytes, bytes]]) -> Tally:
 class _JournalReader:
     def __init__(self) -> None:
         self.tally = Tally()
-        self._failed: dict[bytes, str] = {}
+        self._failed: dict[bytes, str | None] = {}  # None: it was left out
         self._minute = ("", 0.0)
 
     def read(self, key: bytes, line: bytes) -> None:
         result = split_line(line)
         metadata = load_json(result.metadata)
-        failed = result.failed
+        failed = result.failed and not result.left_out
         prompt, completion = _usage(result.body)
         seconds = float(metadata["processing_time"])
         sums = self.tally
@@ -423,15 +429,22 @@ class _JournalReader:
         sums.prompt_tokens += prompt
         sums.completion_tokens += completion
         sums.seconds += seconds
-        if not failed:
+        if not result.failed:
             sums.latency.add(seconds)
         sums.timeline.add(self._moment(metadata["timestamp"]), failed, prompt, completion)
         self._note(metadata, failed, seconds, prompt, completion)
-        earlier = self._failed.pop(key, None) if self._failed else None
-        if earlier is not None:
+        if self._failed and key in self._failed:
+            earlier = self._failed.pop(key)
             sums.superseded += 1
-            sums.failures[earlier].count -= 1
-        if failed:
+            if earlier is None:
+                sums.left_out -= 1
+            else:
+                sums.failures[earlier].count -= 1
+        if result.left_out:
+            sums.left_out += 1
+            sums.unsent += 1
+            self._failed[key] = None
+        elif failed:
             self._fail(key, result.custom_id, result.error)
 
     def _note(

@@ -120,6 +120,8 @@ def _outcome(report: Report) -> Iterator[str]:
     kinds = [f"{failure.code}: {failure.count:,}" for failure in report.failures]
     if counts.failed and kinds:
         failed += f" ({', '.join(kinds)})"
+    if counts.left_out:
+        failed += f"; {counts.left_out:,} with prompts that are too long were not sent"
     left = f", and {counts.left:,} had no result yet" if counts.left else ""
     was = "was" if counts.completed == 1 else "were"
     yield f"{counted(counts.completed, 'request')} {was} answered and {failed}{left}."

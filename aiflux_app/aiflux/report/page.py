@@ -365,6 +365,8 @@ def _cards(report: Report) -> Iterator[tuple[str, str]]:
         number(counts.failed),
         f"failed ({percent(counts.failed, counts.completed + counts.failed)})",
     )
+    if counts.left_out:
+        yield number(counts.left_out), "left out (too long)"
     yield from _token_cards(report)
     yield rate(report.throughput.requests_per_second), "requests/s"
     median = seconds_text(latency.quantiles["50"]) if latency.count else "no answer"

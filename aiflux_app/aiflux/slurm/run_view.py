@@ -18,7 +18,8 @@ from aiflux.core.runs.status_file import (
     SlurmJob,
     StatusDetails,
     StatusFile,
-    left_out,
+    failed_text,
+    left_out_by_workers,
     seal_of,
 )
 from aiflux.engines.kinds import engine_kind
@@ -303,6 +304,7 @@ class ProgressFigures:
 
     Attributes:
         completed, failed: requests so far.
+        left_out: requests that are not sent because their prompts are too long.
         requests_per_second, tokens_per_second: 0 if nothing runs.
         remaining_seconds: None while it is unknown.
         restarts: starts after the first.
@@ -313,6 +315,7 @@ class ProgressFigures:
     total: int
     completed: int
     failed: int
+    left_out: int
     requests_per_second: float
     tokens_per_second: float
     remaining_seconds: float | None
@@ -326,7 +329,12 @@ class ProgressFigures:
     @property
     def done(self) -> int:
         """Requests with a result."""
-        return self.completed + self.failed
+        return self.completed + self.failed + self.left_out
+
+    @property
+    def without_answer(self) -> int:
+        """Requests that failed or were left out."""
+        return self.failed + self.left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,7 +413,7 @@ class RunView(ProgressFigures):
     def __str__(self) -> str:
         """Return the progress in one line."""
         states = states_text(self.shards) if len(self.shards) > 1 else ""
-        failed = f"{self.failed} failed"
+        failed = failed_text(self.without_answer, self.left_out)
         parts = [f"{self.state.value}: {done_text(self)}", failed, states, speed_text(self)]
         return ", ".join(part for part in parts if part)
 
@@ -452,7 +460,11 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
     """
     shards = tuple(_shard(each, tasks, facts.plan.left_out) for each in facts.shards)
     state = _state(facts, shards, now)
-    completed, failed = _counts(facts, shards)
+    completed, failed, left_out = _counts(facts, shards)
+    # Of a start by an earlier version, only the plan has the number.
+    by_plan = facts.plan.allowed_failures + left_out_by_workers(
+        facts.plan, (each.details for each in facts.shards)
+    )
     return RunView(
         run_dir=facts.run.path,
         output=facts.plan.output,
@@ -468,8 +480,10 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         total=facts.plan.requests,
         completed=completed,
         failed=failed,
-        allowed_failures=facts.plan.allowed_failures
-        + left_out(facts.plan, (each.details for each in facts.shards)),
+        left_out=left_out,
+        allowed_failures=max(
+            by_plan - left_out, facts.plan.options.allowed_failures(facts.plan.requests)
+        ),
         requests_per_second=round(sum(shard.requests_per_second for shard in shards), 3),
         tokens_per_second=round(sum(shard.tokens_per_second for shard in shards), 3),
         remaining_seconds=_remaining(shards),
@@ -500,9 +514,10 @@ def _shard(facts: ShardFacts, tasks: Tasks | None, left_out: int) -> ShardView:
     details, total = facts.details, facts.shard.requests
     counts = Counts(total, 0, 0) if facts.status is None else facts.status.counts
     progress, totals = details.progress, details.totals
-    seal = seal_of(details, counts.completed + counts.failed - left_out)
     rate = progress.requests_per_second if running else 0.0
     left = total - counts.completed - counts.failed
+    skipped = min(details.left_out, counts.failed)
+    seal = seal_of(details, total - left - max(left_out, skipped))
     return ShardView(
         index=facts.shard.index,
         state=verdict.state,
@@ -510,7 +525,8 @@ def _shard(facts: ShardFacts, tasks: Tasks | None, left_out: int) -> ShardView:
         exit_code=verdict.exit_code,
         total=total,
         completed=counts.completed,
-        failed=counts.failed,
+        failed=counts.failed - skipped,
+        left_out=skipped,
         job=None if facts.task is None else str(facts.task),
         host=details.host,
         pid=details.pid,
@@ -549,11 +565,20 @@ def _restarts(details: StatusDetails) -> int:
     return int(count) if count.isdigit() else 0
 
 
-def _counts(facts: RunFacts, shards: tuple[ShardView, ...]) -> tuple[int, int]:
-    """Return the output's own counts once it is written, else those of the shards."""
+def _counts(facts: RunFacts, shards: tuple[ShardView, ...]) -> tuple[int, int, int]:
+    """Return how many requests succeeded, failed and were left out.
+
+    They are the output's own counts once it is written, else those of the shards.
+    """
     if facts.finished and facts.whole is not None:
-        return facts.whole.counts.completed, facts.whole.counts.failed
-    return sum(shard.completed for shard in shards), sum(shard.failed for shard in shards)
+        counts = facts.whole.counts
+        left_out = min(facts.whole.details.left_out, counts.failed)
+        return counts.completed, counts.failed - left_out, left_out
+    return (
+        sum(shard.completed for shard in shards),
+        sum(shard.failed for shard in shards),
+        sum(shard.left_out for shard in shards),
+    )
 
 
 def _empty(facts: RunFacts, shards: tuple[ShardView, ...]) -> Mapping[str, int]:
@@ -565,7 +590,7 @@ def _empty(facts: RunFacts, shards: tuple[ShardView, ...]) -> Mapping[str, int]:
 
 def _state(facts: RunFacts, shards: tuple[ShardView, ...], now: float) -> RunState:
     if facts.finished:
-        _, failed = _counts(facts, shards)
+        _, failed, _ = _counts(facts, shards)
         return RunState.WITH_FAILURES if failed else RunState.FINISHED
     if facts.output_change is not None:
         return RunState.CHANGED

@@ -6,9 +6,9 @@ Planning finds them where the context is known before the run; it is not where a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from aiflux.core.batch.prompt_lengths import TOO_LONG, FoundPrompts, PromptLimit
+from aiflux.core.batch.prompt_lengths import FoundPrompts, PromptLimit
 from aiflux.core.batch.request import request_key
 from aiflux.core.config.settings import CHUNK
 from aiflux.core.runs.journal import JournalWriter
@@ -16,7 +16,6 @@ from aiflux.core.runs.open import find_in_run, refuse_long, too_long_result
 from aiflux.core.runs.plan import Plan, Shard
 from aiflux.engines.base import Engine
 from aiflux.engines.kinds import engine_kind
-from aiflux.engines.outcome import Kind, Outcome
 from aiflux.engines.server_context import server_limit
 from aiflux.errors import ConfigError
 from aiflux.util.lines import read_lines
@@ -86,6 +85,7 @@ class LengthCheck:
         kind = engine_kind(plan.options)
         found = find_in_run(plan.input, plan, kind, {model: limit}, self._span)
         if found is None or not found.facts.too_long:
+            self._send(model, ())
             return
         refuse_long(found, plan)
         facts = found.facts
@@ -104,6 +104,7 @@ class LengthCheck:
             say(f"{many} too long for {context}: sent in {facts.parts:,} parts (--too-long chunk)")
             return
         say(f"{many} too long for {context}: not sent (--too-long skip; {facts.where})")
+        self._send(model, found.offsets)
         self._leave_out(found, journal)
 
     def _leave_out(self, found: FoundPrompts, journal: JournalWriter) -> None:
@@ -115,5 +116,14 @@ class LengthCheck:
             if not source.is_done(key):
                 result = too_long_result(plan, raw, key, tokens, found.facts.context)
                 journal.append(result)
-                message = f"not sent: the prompt has {tokens:,} tokens"
-                self._stats.not_sent(Outcome(Kind.FAILED, TOO_LONG, message), result.custom_id)
+                self._stats.not_sent()
+
+    def _send(self, model: str, too_long: Collection[int]) -> None:
+        """Send the requests that an earlier start left out, unless they are still too long."""
+        known = frozenset(too_long)
+        fitting = [
+            key for offset, key in self._source.left_out_before(model) if offset not in known
+        ]
+        for key in fitting:
+            self._source.fitting.add(key)
+            self._stats.to_send()

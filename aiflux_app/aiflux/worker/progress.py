@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from aiflux.core.runs.status_file import failed_text
 from aiflux.worker.console import TerminalConsole
 from aiflux.worker.stats import Stats
 
@@ -63,16 +64,11 @@ def summary_line(stats: Stats) -> str:
     remaining = stats.remaining_seconds()
     share = 100 * stats.done // max(stats.total, 1)
     eta = "" if remaining is None or not stats.total - stats.done else f", ETA {clock(remaining)}"
+    failed = failed_text(stats.failed, stats.left_out)
     return (
-        f"{stats.done}/{stats.total} done ({share} %), {failed_text(stats)}, "
+        f"{stats.done}/{stats.total} done ({share} %), {failed}, "
         f"{requests:.1f} requests/s, {tokens:.0f} tokens/s{eta}"
     )
-
-
-def failed_text(stats: Stats) -> str:
-    """Return how many requests failed, and how many were left out."""
-    left_out = f", {stats.left_out} left out (too long)" if stats.left_out else ""
-    return f"{stats.failed - stats.left_out} failed{left_out}"
 
 
 def clock(seconds: float) -> str:
@@ -160,7 +156,7 @@ class TerminalReporter:
         """Update the bar."""
         requests, tokens = stats.rates()
         remaining = stats.remaining_seconds()
-        failed = failed_text(stats)
+        failed = failed_text(stats.failed, stats.left_out)
         if stats.failed > stats.left_out:
             failed = f"[red]{failed}[/red]"
         eta = "" if remaining is None or final else f", ETA {clock(remaining)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from aiflux.core.batch.request import (
     parse_request,
     request_key,
 )
-from aiflux.core.runs.journal import JournalReader, ResultIndex, part_key
+from aiflux.core.runs.journal import JournalReader, RawResult, ResultIndex, part_key
 from aiflux.core.runs.plan import Plan, Shard, changed_input, input_rules
 from aiflux.engines.base import EngineKind
 from aiflux.engines.kinds import engine_kind
@@ -336,6 +337,7 @@ class Source:
 
     Attributes:
         left_out: offsets of the lines with requests that are not sent.
+        fitting: keys of requests that earlier starts left out, and that fit the context now.
     """
 
     def __init__(
@@ -352,6 +354,7 @@ class Source:
         self._reader = reader
         self.splits = splits
         self.left_out: Collection[int] = ()
+        self.fitting: set[bytes] = set()
         self._kind = engine_kind(plan.options)
         self._rules = input_rules(self._kind, plan.options)
         self._adapters = {each.name: at for at, each in enumerate(plan.adapters)}
@@ -384,6 +387,21 @@ class Source:
         """Return whether a request has a result of an earlier start."""
         return self._earlier(key) is not None
 
+    def left_out_before(self, model: str) -> Iterator[tuple[int, bytes]]:
+        """Yield the line and key of each request of a model that earlier starts left out.
+
+        Only of those that stay left out; the others are still to do.
+        """
+        for number, offset, raw in self._lines() if self._plan.keeps_left_out else ():
+            key = request_key(raw)
+            result = self._reader.get(key) if self._earlier(key) is False else None
+            if (
+                result is not None
+                and result.left_out
+                and self._is_of(model, self._parse(number, raw))
+            ):
+                yield offset, key
+
     def answered(self, model: str, url: str) -> Task | None:
         """Return a request to an endpoint that succeeded in an earlier start, if any."""
         if not self._index.done:
@@ -402,7 +420,7 @@ class Source:
         plan = self._plan
         served = plan.served(model)
         request = self._parse(number, raw)
-        if len(plan.models) == 1 or self._kind.same_model(request.model or model, model):
+        if self._is_of(model, request):
             parameters = plan.options.parameters_of(served)
             body = build_body(request, served, parameters, self._kind, self._adapters)
             name, url = request.custom_id, request.url
@@ -411,6 +429,10 @@ class Source:
             # Of a prompt that is too long, a part shows whether the engine answers at all.
             payload = json.dumps(body).encode() if chunks is None else chunks.payload(0)
             yield Task(request, key, payload, parts=parts)
+
+    def _is_of(self, model: str, request: Request) -> bool:
+        one = len(self._plan.models) == 1
+        return one or self._kind.same_model(request.model or model, model)
 
     def _restore(self, task: Task) -> None:
         """Add the parts of earlier starts to a request that is answered in parts."""
@@ -449,13 +471,23 @@ class Source:
     def _failed_before_plan(self, key: bytes) -> bool:
         """Return whether a request failed before this plan, which sends it again.
 
-        Those that were left out may fit now; if not, the plan or the worker leaves them out again.
+        Those that were left out may fit now: the plan decides, or else a worker (see ``fitting``).
         """
-        result = self._reader.get(key)
-        if result is None or not (self._plan.options.retry_failed or result.left_out):
+        plan, result = self._plan, self._reader.get(key)
+        if result is None or not (plan.options.retry_failed or result.left_out):
             return False
+        if result.left_out and plan.keeps_left_out and not _context_grew(plan, result):
+            return key in self.fitting
         return str(json.loads(result.metadata)["timestamp"]) < self._plan.created
 
+
+def _context_grew(plan: Plan, result: RawResult) -> bool:
+    """Return whether --context-length is longer than when a request was left out."""
+    before, now = _CONTEXT.search(result.error), plan.options.context_length
+    return before is not None and now is not None and now > int(before[1])
+
+
+_CONTEXT = re.compile(rb"and the context (\d+)\"")  # see too_long_result
 
 # Names of parameters that differ in /v1/responses.
 _IN_RESPONSES = {"max_tokens": "max_output_tokens"}

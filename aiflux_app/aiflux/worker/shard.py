@@ -36,6 +36,7 @@ from aiflux.core.runs.status_file import (
     StatusDetails,
     Tuning,
     allowed_failures,
+    left_out_by_workers,
     read_status,
     read_statuses,
 )
@@ -157,6 +158,7 @@ def _note_failed_start(
         status.completed, status.failed = earlier.counts.completed, earlier.counts.failed
         status.errors = list(earlier.last_errors)
         known = earlier.details
+        facts.left_out = known.left_out
         facts.gpu_use, facts.energy, facts.totals = known.gpu_use, known.energy, known.totals
     _note_end(facts, error)
     status.enter("cancelled" if isinstance(error, StoppedError) else "failed")
@@ -321,7 +323,8 @@ class _ShardWork:
 
     def _finish(self) -> None:
         self._sync_status()
-        plan, run, left_out = self.plan, self.run_directory, self.status.details.left_out
+        plan, run = self.plan, self.run_directory
+        left_out = left_out_by_workers(plan, [self.status.details])
         own = self.stats.failed > plan.allowed_failures + left_out
         self.status.details.exit_code = int(ExitCode.FAILURES if own else ExitCode.OK)
         merged = merge_when_last(
@@ -340,9 +343,10 @@ class _ShardWork:
             shown = f"; the last: {last.param}: {last.message}" if last else ""
             long = any(each.code == TOO_LONG for each in self.stats.errors)
             remedy = f"{_BEFORE_THE_RUN}; " if long else ""
+            by_user = plan.options.allowed_failures(plan.requests)
             raise TooManyFailuresError(
-                f"{failed} of {self.plan.requests} requests failed "
-                f"({plan.allowed_failures} allowed by --max-failures){shown}",
+                f"{failed - (allowed - by_user)} of {self.plan.requests} requests failed "
+                f"({by_user} allowed by --max-failures){shown}",
                 f"{remedy}the output has the error of each; to send them again: the same "
                 f"`{own_command(self.plan.output)}` command with --retry-failed",
             )
@@ -435,7 +439,7 @@ class _ShardWork:
         details.progress = self.stats.snapshot()
         details.totals = self.ledger.totals(details.progress)
         details.requeues = self.ledger.requeues
-        details.left_out = self.stats.left_out if self.plan.lengths_at_start else 0
+        details.left_out = self.stats.left_out
 
     def _end(self, state: str, error: BaseException) -> None:
         self._sync_status()

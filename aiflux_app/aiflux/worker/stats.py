@@ -97,11 +97,17 @@ class Stats:
                 self.unfit += verdict.kind is Kind.UNFIT
                 self.errors.append(FailedRequest(verdict.code, verdict.message, custom_id))
 
-    def not_sent(self, verdict: Outcome, custom_id: str) -> None:
+    def not_sent(self) -> None:
         """Record the result of a request that is left out because its prompt is too long."""
-        self.recorded(verdict, custom_id)
         with self._lock:
+            self.failed += 1
             self.left_out += 1
+
+    def to_send(self) -> None:
+        """Record that a request which was left out before is sent."""
+        with self._lock:
+            self.failed -= 1
+            self.left_out -= 1
 
     @property
     def done(self) -> int:

@@ -241,6 +241,85 @@ def test_requests_that_were_left_out_are_decided_on_again(
     assert not any("resuming" in each for each in working.reporter.messages)
 
 
+def without_rest(working: Working) -> None:
+    """Leave the run as a kill leaves it that comes right after the last result."""
+    run = RunDirectory.of_output(working.output)
+    for path in (working.output, *run.path.glob("status/*")):
+        path.unlink()
+
+
+def test_requests_that_were_left_out_stay_so_if_nothing_else_is_left(tmp_path: Path) -> None:
+    """No engine is started to count their tokens again."""
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}", too_long="skip").prompts(*PROMPTS)
+    working.open()
+    with CountingServer(VLLM, 512, port):
+        assert working.shard(0) is ExitCode.OK
+    without_rest(working)
+    lines = working.journal.read_bytes()
+    assert working.open().plan.lengths_at_start
+    run = RunDirectory.of_output(working.output)
+    assert working.shard(0) is ExitCode.OK, "the server is down"
+    assert working.journal.read_bytes() == lines
+    assert codes(working) == [None, "too_long", None, "too_long"]
+    view = gather(run)
+    assert (view.completed, view.failed, view.left_out, outcome(view)) == (2, 0, 2, ExitCode.OK)
+    assert working.run() is ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("context", "more", "asked"),
+    [
+        (512, {}, []),
+        (512, {"context_length": 512}, []),
+        (5000, {"context_length": 5000}, [1, 3]),
+        (5000, {"too_long": "fail"}, [1, 3]),
+        (5000, {"retry_failed": True}, [1, 3]),
+    ],
+)
+def test_requests_that_were_left_out_are_checked_again_after_a_change(
+    tmp_path: Path, context: int, more: dict[str, Any], asked: list[int]
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    working = Working(tmp_path, url, too_long="skip").prompts(*PROMPTS)
+    working.open()
+    with CountingServer(VLLM, 512, port):
+        assert working.shard(0) is ExitCode.OK
+    without_rest(working)
+    working.options |= more
+    assert working.open().plan.lengths_at_start
+    with CountingServer(VLLM, context, port) as server:
+        assert working.shard(0) is ExitCode.OK, working.error
+    assert server.prompts == [PROMPTS[at] for at in asked]
+    left = None if asked else "too_long"
+    assert codes(working) == [None, left, None, left]
+
+
+def test_a_rest_is_sent_without_those_that_were_left_out(tmp_path: Path) -> None:
+    """If the context grew, they are sent with it; a worker has the server to find that out."""
+    for context in (512, 5000):
+        folder = tmp_path / str(context)
+        folder.mkdir()
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        working = Working(folder, url, too_long="skip", retry_failed=False).prompts(*PROMPTS)
+        working.open()
+        with CountingServer(VLLM, 512, port):
+            assert working.shard(0) is ExitCode.OK
+        without_rest(working)
+        lines = working.journal.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if split_line(line).custom_id != b'"2:two"']
+        working.journal.write_bytes(b"".join(kept))
+        assert working.open().plan.lengths_at_start
+        with CountingServer(VLLM, context, port) as server:
+            assert working.shard(0) is ExitCode.OK
+        assert sorted(server.prompts) == sorted(PROMPTS[2:3] if context == 512 else PROMPTS[1:])
+        assert codes(working)[1] == ("too_long" if context == 512 else None)
+        view = gather(RunDirectory.of_output(working.output))
+        assert (view.left_out, view.failed) == (2 if context == 512 else 0, 0)
+
+
 def test_those_left_out_are_counted_in_the_journal(tmp_path: Path) -> None:
     """So a start that finds all done, and no status, does not take them for failures."""
     port = free_port()
@@ -275,7 +354,9 @@ def test_the_server_of_a_command_is_asked_at_the_start_of_each_shard(tmp_path: P
     run = RunDirectory.of_output(working.output)
     assert allowed_failures(read_plan(run), run) == 2
     view = gather(run)
-    assert (view.failed, view.allowed_failures, outcome(view)) == (2, 2, ExitCode.OK)
+    assert (view.failed, view.left_out, view.allowed_failures) == (0, 2, 0)
+    assert [shard.left_out for shard in view.shards] == [1, 1]
+    assert outcome(view) is ExitCode.OK
     assert main(["resume", "--local", str(working.output)]) == 0
 
 

@@ -393,7 +393,7 @@ class _Ask:
         if view.state is RunState.NOT_MERGED:
             return write_output(read_plan(self.table.run), self.table.run)
         if view.finished:
-            refuse_failures(read_plan(self.table.run), view.failed)
+            refuse_failures(read_plan(self.table.run), view.without_answer)
             return 0
         show(console, overview(view, frame_of(console)))
         return int(outcome(view))
@@ -421,4 +421,5 @@ class _Ask:
             "skipped": record.skipped,
             "answered": view.completed,
             "failed": view.failed,
+            "left_out": view.left_out,
         }

@@ -412,7 +412,7 @@ class ChainWork:
         if view.state is RunState.NOT_MERGED:
             return write_output(read_plan(run), run)
         if view.finished:
-            refuse_failures(read_plan(run), view.failed)
+            refuse_failures(read_plan(run), view.without_answer)
             return 0
         show(console, overview(view, frame_of(console)))
         return int(outcome(view))

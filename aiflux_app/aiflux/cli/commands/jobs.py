@@ -94,11 +94,15 @@ def _state(entry: RegistryEntry, known: _Known) -> str:
     return "unreadable" if waiting is None else waiting[1].state
 
 
+_SHOWN = (
+    "total", "completed", "failed", "left_out", "remaining_seconds", "next_command", "updated",
+)  # fmt: skip
+
+
 def _to_json(entry: RegistryEntry, known: _Known) -> dict[str, Any]:
     content = {**entry.to_json(), "state": _state(entry, known)}
     if isinstance(known, RunView):
-        names = ("total", "completed", "failed", "remaining_seconds", "next_command", "updated")
-        content.update({name: getattr(known, name) for name in names})
+        content.update({name: getattr(known, name) for name in _SHOWN})
     return content
 
 

@@ -48,6 +48,7 @@ from aiflux.core.batch.results_file import (
 )
 from aiflux.core.runs.directory import OUTPUT_SUFFIXES, TABLE_RESULTS, RunDirectory, user_output
 from aiflux.core.runs.plan import read_plan
+from aiflux.core.runs.status_file import failed_text
 from aiflux.errors import AifluxError
 from aiflux.slurm.commands import located
 from aiflux.util.files import absolute
@@ -263,7 +264,8 @@ def summary_lines(summary: BackSummary, name: str) -> Iterator[str]:
     """Yield what was written, and what is worth knowing of it."""
     rows = f"{summary.rows} row" + ("" if summary.rows == 1 else "s")
     answered = answered_words(summary.answered, summary.empty)
-    yield f"{rows} -> {name}: {answered}, {summary.failed} failed"
+    failed = failed_text(summary.failed + summary.left_out, summary.left_out)
+    yield f"{rows} -> {name}: {answered}, {failed}"
     for count, words in (
         (summary.unasked - summary.repeated, "of the source without a result: not asked"),
         (

@@ -62,7 +62,12 @@ from aiflux.core.runs.open import (
 )
 from aiflux.core.runs.output import merge_partial
 from aiflux.core.runs.plan import Plan, read_plan, refuse_changed_input
-from aiflux.core.runs.status_file import finished_counts, finished_line, refuse_failures
+from aiflux.core.runs.status_file import (
+    failed_text,
+    finished_counts,
+    finished_line,
+    refuse_failures,
+)
 from aiflux.engines.kinds import engine_kind, kind_named
 from aiflux.errors import MissingResultsError, SlurmError, UsageError
 from aiflux.estimates.pilot import FEWEST
@@ -396,10 +401,15 @@ def _merge_partial(run: RunDirectory, *, as_json: bool) -> int:
     if user_output(plan.output) != plan.output:
         path = _partial_table(user_output(plan.output), path, counts.failed)
     if as_json:
-        done = {"written": counts.total, "failed": counts.failed, "total": plan.requests}
-        print_json({"output": path, **done})
+        done = {
+            "written": counts.total,
+            "failed": counts.failed - counts.left_out,
+            "left_out": counts.left_out,
+        }
+        print_json({"output": path, **done, "total": plan.requests})
     else:
-        print(f"wrote {counts.total} of {plan.requests} results ({counts.failed} failed) to {path}")
+        failed = failed_text(counts.failed, counts.left_out)
+        print(f"wrote {counts.total} of {plan.requests} results ({failed}) to {path}")
     return 0
 
 

@@ -21,6 +21,7 @@ from aiflux.core.batch.results_file import TOOL_CALL, answered_words
 from aiflux.core.config.settings import settings_texts
 from aiflux.core.runs.directory import own_command, user_output
 from aiflux.core.runs.plan import Plan
+from aiflux.core.runs.status_file import failed_text
 from aiflux.slurm.jobs import array_ranges
 from aiflux.slurm.run_view import (
     SHARD_ORDER,
@@ -111,7 +112,10 @@ def _head(view: RunView, frame: Frame) -> list[Text]:
     if frame.width is not None:
         _cut_left(title, frame.width - len(view.state.value) - 2)
     title = Text.assemble(title, "  ", (view.state.value, STYLES[view.state.value]))
-    failed = (f"{view.failed} failed", "red" if view.failed else "")
+    failed = (
+        failed_text(view.without_answer, view.left_out),
+        "red" if view.failed else "",
+    )
     return [title, Text.assemble(_bar(view, frame), f" {done_text(view)}, ", failed)]
 
 
@@ -312,6 +316,8 @@ def _note(shard: ShardView) -> str:
         parts.append(f"on {shard.host}")
     if shard.restarts:
         parts.append(_times(shard.restarts, "restart"))
+    if shard.left_out:
+        parts.append(f"{shard.left_out} left out (too long)")
     if shard.reason:
         # The table shows the state in front of it.
         parts.append(one_line(shard.reason).removeprefix(f"{shard.state.value} "))

@@ -23,6 +23,7 @@ from aiflux.converters.results.answers import (
 from aiflux.converters.source import kind_of, open_source, readable_again
 from aiflux.converters.table import CELL_DIGESTS, Row, SourceTable, changed_cell, known_digests
 from aiflux.converters.template import check_columns
+from aiflux.core.batch.prompt_lengths import NOT_SENT, TOO_LONG
 from aiflux.core.batch.results_file import (
     ChoiceText,
     Result,
@@ -66,6 +67,7 @@ class BackSummary:
     Attributes:
         rows: rows written.
         answered, failed: rows with an answer, and with an error.
+        left_out: rows whose requests were not sent, because their prompts are too long.
         unasked: source rows without a result.
         unused: results without a source row.
         unread: source rows that cannot be read and are skipped.
@@ -86,6 +88,7 @@ class BackSummary:
     rows: int = 0
     answered: int = 0
     failed: int = 0
+    left_out: int = 0
     unasked: int = 0
     unused: int = 0
     unread: int = 0
@@ -390,7 +393,9 @@ class BackTable:
 
     def _count(self, entry: Result, texts: Sequence[ChoiceText]) -> None:
         summary = self.summary
-        summary.failed += entry.error is not None
+        left_out = entry.failure.startswith(f"{TOO_LONG}: {NOT_SENT}")
+        summary.left_out += left_out
+        summary.failed += entry.error is not None and not left_out
         summary.answered += entry.error is None
         empty = texts[0].empty if texts else None
         if empty is not None:

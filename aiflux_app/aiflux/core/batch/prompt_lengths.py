@@ -33,6 +33,8 @@ from aiflux.util.records import OMITTED
 from aiflux.util.text import joined
 
 TOO_LONG = "too_long"
+NOT_SENT = "not sent: "
+"""The error of a request that was left out begins so, unlike that of a server."""
 """Code of the error of a request that was not sent because its prompt is too long, or that the
 engine refused for this reason."""
 _PART_BYTES = 4 << 20

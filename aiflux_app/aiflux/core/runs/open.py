@@ -15,6 +15,7 @@ from typing import IO
 
 from aiflux.core.batch.input_file import InputFacts, InputSummary, scan_input
 from aiflux.core.batch.prompt_lengths import (
+    NOT_SENT,
     TOO_LONG,
     ChooseModel,
     FoundPrompts,
@@ -421,7 +422,7 @@ def _leave_out(plan: Plan, run: RunDirectory, long: FoundPrompts) -> None:
 def too_long_result(plan: Plan, raw: bytes, key: bytes, tokens: int, context: int) -> NewResult:
     """Return the result of a request that is not sent."""
     entry = load_json(raw)
-    message = f"not sent: the prompt has {tokens} tokens, and the context {context}"
+    message = f"{NOT_SENT}the prompt has {tokens} tokens, and the context {context}"
     named = plan.served_names[0] if len(plan.models) == 1 else entry["body"].get("model")
     return NewResult(
         key=key,
@@ -485,7 +486,7 @@ def _settle(plan: Plan, run: RunDirectory, earlier: Plan | None) -> None:
         own = [known[shard.index]] if shard.index in known else []
         before = own + (gone if shard.index == 0 else [])
         if before or earlier is not None:
-            keep_sums(plan, run, _kept(plan, run, shard), shard.index, before)
+            keep_sums(plan, run, *_kept(plan, run, shard), shard.index, before)
     for index in known.keys() - {shard.index for shard in plan.shards}:
         _forget_status(run, index)
 
@@ -498,20 +499,22 @@ def _forget_status(run: RunDirectory, shard: int) -> None:
         raise storage_error(error, path) from error
 
 
-def _kept(plan: Plan, run: RunDirectory, shard: Shard) -> Counts:
-    """Return the counts of a shard's results that are not requested again."""
+def _kept(plan: Plan, run: RunDirectory, shard: Shard) -> tuple[Counts, int]:
+    """Return the counts of a shard's results that are kept, and how many of them were left out."""
     path = run.journal(shard.index)
     index = scan_journal(path)
-    counts = Counter[bool]()
+    counts, left_out = Counter[bool](), 0
     with closing(JournalReader(path, index)) as reader:
         for _, _, raw in read_lines(plan.input_path, shard.start, shard.end) if index.done else ():
             key = request_key(raw)
             found = index.find(key)
             result = reader.get(key) if found is not None and found[2] else None
-            if found is not None and not (result is not None and result.left_out):
+            if result is not None and result.left_out:
+                left_out += plan.keeps_left_out
+            elif found is not None:
                 counts[found[2]] += 1
     failed = 0 if plan.options.retry_failed else counts[True]
-    return Counts(shard.requests, counts[False], failed)
+    return Counts(shard.requests, counts[False], failed + left_out), left_out
 
 
 def _earlier(run: RunDirectory, plan: Plan) -> Plan | None:

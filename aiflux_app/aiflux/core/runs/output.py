@@ -41,6 +41,7 @@ from aiflux.core.runs.status_file import (
     open_shards,
     read_run_status,
     read_status,
+    run_left_out,
     run_status,
     written_file,
 )
@@ -72,12 +73,15 @@ class ResultCounts:
     """Results of a run.
 
     Attributes:
+        failed: requests without an answer, with those that were left out.
+        left_out: of them, those that were not sent because their prompts are too long.
         empty: answers without a text, by their reason.
         files: the written files by name.
     """
 
     total: int = 0
     failed: int = 0
+    left_out: int = 0
     empty: Counter[str] = field(default_factory=Counter)
     files: dict[str, WrittenFile] = field(default_factory=dict)
 
@@ -90,6 +94,7 @@ class ResultCounts:
         """Count one result."""
         self.total += 1
         self.failed += result.failed
+        self.left_out += result.left_out
         reason = result.empty
         if reason is not None:
             self.empty[reason] += 1
@@ -387,7 +392,7 @@ def _merge(
 ) -> ResultCounts:
     counts = finished_counts(plan, run, changed_ok=again)
     if counts is not None and not again:
-        return ResultCounts(counts.total, counts.failed)
+        return ResultCounts(counts.total, counts.failed, run_left_out(plan, run))
     remove_leftovers(*output_paths(plan.output))
     if counts is None and not again:
         _refuse_strangers(plan, run)
@@ -402,6 +407,7 @@ def _merge(
                 reopen(plan, run, error.shards)
         raise
     status.completed, status.failed = written.completed, written.failed
+    status.details.left_out = written.left_out
     status.details.empty_answers = dict(written.empty)
     status.details.merge = MergeFacts(
         seconds=round(time.monotonic() - began, 3),
@@ -464,7 +470,7 @@ def reopen(plan: Plan, run: RunDirectory, missing: Mapping[int, int]) -> None:
         if status is not None:
             requests, failed = plan.shards[shard].requests, status.counts.failed
             kept = Counts(requests, max(0, requests - count - failed), failed)
-            keep_sums(plan, run, kept, shard, [status])
+            keep_sums(plan, run, kept, min(status.details.left_out, failed), shard, [status])
 
 
 def forget_done(plan: Plan, run: RunDirectory, shard: int) -> None:

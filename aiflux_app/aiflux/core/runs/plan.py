@@ -197,6 +197,15 @@ class Plan:
         return long.too_long if long.counted else 0
 
     @property
+    def keeps_left_out(self) -> bool:
+        """Whether requests that were left out before stay so until a worker finds that they fit.
+
+        A plan that knows the context decides on them itself.
+        """
+        options = self.options
+        return self.lengths_at_start and options.too_long == SKIP and not options.retry_failed
+
+    @property
     def allowed_failures(self) -> int:
         """Requests that may fail before the run counts as failed, with those that are left out."""
         return self.options.allowed_failures(self.requests) + self.left_out

@@ -304,7 +304,8 @@ class StatusDetails:
         gpus: names of the GPUs.
         requeues: times that the job went back to the queue by itself.
         ended: why the last start ended before it was done; ``remedy``: what to do about it.
-        left_out: number of requests that a worker did not send because their prompts are too long.
+        left_out: number of requests that were not sent because their prompts are too long. In
+            OpenAI's ``request_counts``, they are failed ones.
         replace: the run may replace an output that exists.
         empty_answers: of the whole run, written with its output.
     """
@@ -564,12 +565,17 @@ def read_statuses(run: RunDirectory) -> dict[int, StatusFile]:
 
 
 def keep_sums(
-    plan: Plan, run: RunDirectory, counts: Counts, shard: int, earlier: Iterable[StatusFile]
+    plan: Plan,
+    run: RunDirectory,
+    counts: Counts,
+    left_out: int,
+    shard: int,
+    earlier: Iterable[StatusFile],
 ) -> None:
     """Replace a shard's status by one with the sums of earlier starts, for the next start.
 
     Args:
-        counts: of the results that are kept.
+        counts: of the results that are kept; ``left_out``: see ``StatusDetails``.
         earlier: the shard's status, and those of shards that no longer exist.
 
     Raises:
@@ -578,6 +584,7 @@ def keep_sums(
     status = Status(run.status(shard), plan, shard)
     status.completed, status.failed = counts.completed, counts.failed
     details = status.details
+    details.left_out = left_out
     for each in earlier:
         details.totals = details.totals.plus(each.details.totals)
         details.energy = details.energy.plus(each.details.energy)
@@ -748,27 +755,59 @@ def refuse_changed_output(output: Path, status: StatusFile) -> None:
 
 def finished_line(plan: Plan, counts: Counts) -> str:
     """Return the line that is shown for a run that was finished before."""
+    failed = failed_text(counts.failed, run_left_out(plan, RunDirectory.of_output(plan.output)))
     return (
         f"{user_output(plan.output)} is already finished: {counts.completed} succeeded, "
-        f"{counts.failed} failed; nothing was sent"
+        f"{failed}; nothing was sent"
     )
+
+
+def failed_text(without_answer: int, left_out: int) -> str:
+    """Return how many requests failed, and how many were left out."""
+    more = f", {left_out} left out (too long)" if left_out else ""
+    return f"{without_answer - left_out} failed{more}"
+
+
+def run_left_out(plan: Plan, run: RunDirectory) -> int:
+    """Return how many results of a run are of requests that were left out as too long."""
+    status = read_run_status(run, plan)
+    if status is not None and status.completed:
+        return status.details.left_out
+    known = (read_status(run, each.index, plan) for each in plan.shards)
+    return sum(each.details.left_out for each in known if each is not None)
 
 
 def allowed_failures(plan: Plan, run: RunDirectory) -> int:
     """Return how many requests may fail, with those that a plan or a worker left out."""
     known = (read_status(run, each.index, plan) for each in plan.shards)
-    return plan.allowed_failures + left_out(plan, (each.details for each in known if each))
+    return plan.allowed_failures + left_out_by_workers(
+        plan, (each.details for each in known if each)
+    )
 
 
-def left_out(plan: Plan, details: Iterable[StatusDetails]) -> int:
+def left_out_by_workers(plan: Plan, details: Iterable[StatusDetails]) -> int:
     """Return the number of requests that workers left out; 0 if the plan decides on them."""
     return sum(each.left_out for each in details) if plan.lengths_at_start else 0
 
 
 def refuse_failures(plan: Plan, failed: int) -> None:
-    """Raise TooManyFailuresError where more requests of a finished run failed than are allowed."""
-    if failed > allowed_failures(plan, RunDirectory.of_output(plan.output)):
+    """Raise TooManyFailuresError where more requests of a finished run failed than are allowed.
+
+    Args:
+        failed: number of requests without an answer, with those that were left out.
+    """
+    run = RunDirectory.of_output(plan.output)
+    if failed <= allowed_failures(plan, run):
+        return
+    left_out = min(run_left_out(plan, run), failed)
+    again = f"the same `{own_command(plan.output)}` command with --retry-failed"
+    if failed - left_out <= plan.options.allowed_failures(plan.requests):
         raise TooManyFailuresError(
-            f"{failed} of {plan.requests} requests failed",
-            f"try them again: the same `{own_command(plan.output)}` command with --retry-failed",
+            f"{left_out} of {plan.requests} requests were left out as too long by an earlier "
+            "command, and not with these options",
+            f"send them: {again}",
         )
+    more = f", and {left_out} were left out as too long" if left_out else ""
+    raise TooManyFailuresError(
+        f"{failed - left_out} of {plan.requests} requests failed{more}", f"try them again: {again}"
+    )

@@ -19,7 +19,7 @@ from aiflux.core.runs.status_file import refuse_failures
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ExitCode, InputError, TooManyFailuresError
 from aiflux.slurm.preflight.local import check_fields
-from aiflux.slurm.run_view import outcome
+from aiflux.slurm.run_view import RunState, outcome
 from tests.tools import make_tiny_gguf
 from tests.tools.make_tiny_snapshot import put_tiny
 from tests.unit.helpers import request_line, write_program
@@ -113,10 +113,59 @@ def test_a_run_leaves_them_out_and_sends_them_once_the_context_is_longer(place: 
     assert codes == [None, "too_long", None, "too_long"]
 
     same = start(place, too_long="skip", retry_failed=True).wait(progress=False)
-    assert (same.completed, same.failed, outcome(same)) == (2, 2, ExitCode.OK)
+    assert (same.completed, same.failed, same.left_out) == (2, 0, 2)
+    assert (same.state, outcome(same)) == (RunState.FINISHED, ExitCode.OK)
 
     longer = start(place, context_length=1024, retry_failed=True).wait(progress=False)
-    assert (longer.completed, longer.failed, outcome(longer)) == (4, 0, ExitCode.OK)
+    assert (longer.completed, longer.left_out, outcome(longer)) == (4, 0, ExitCode.OK)
+
+
+@pytest.mark.parametrize("server", [False, True], ids=["by the plan", "by the worker"])
+def test_skipped_requests_have_a_count_of_their_own_wherever_counts_are_shown(
+    place: Path, server: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether they are found before the submission, or by a worker at its server."""
+    model = ["--engine", "llamacpp", "--context-length", "512", "--model", "m.gguf", "--local"]
+    command = f"{sys.executable} {TOOLS}/counting_server.py --form llama --port {{port}}"
+    at_server = ["--engine-command", f"{command} --context 512", "--model", "m:1", "--local"]
+    words = at_server if server else model
+    texts = (place / "in.jsonl").read_text().replace("x" * 100, "word " * 50)
+    (place / "in.jsonl").write_text(texts)
+    run = ["run", "in.jsonl", "-o", "out.json", *words, "--too-long", "skip", "--allow-cpu"]
+    assert main(run) == 0
+    assert "2 failed" not in capsys.readouterr().err
+    assert main(run) == 0
+    assert "2 succeeded, 0 failed, 2 left out (too long)" in capsys.readouterr().out
+    assert main(["status", "out.json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("out.json  finished\n")
+    assert "4/4 done (100 %), 0 failed, 2 left out (too long)" in printed
+    assert "--retry-failed" not in printed
+    assert "last failed requests" not in printed
+    for command in ("status", "watch", "merge"):
+        assert main([command, "out.json", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        counts = [shown[name] for name in ("completed", "failed", "left_out", "allowed_failures")]
+        assert counts == [2, 0, 2, 0]
+        assert (shown["state"], shown["exit_code"]) == ("finished", 0)
+    assert [shard["left_out"] for shard in shown["shards"]] == [2]
+    assert main(["jobs", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["failed"], listed["left_out"]) == (0, 2)
+    assert main(["report", "out.json", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [shown["counts"][name] for name in ("failed", "left_out", "left")] == [0, 2, 0]
+    assert (shown["failures"], shown["warnings"]) == ([], [])
+    assert "2 with prompts that are too long were not sent" in shown["methods"]
+    assert main(["report", "out.json"]) == 0
+    capsys.readouterr()
+    assert main(["merge", "out.json", "--partial"]) == 0
+    assert "results (0 failed, 2 left out (too long))" in capsys.readouterr().out
+    assert main(["results", "to-csv", "out.json", "-o", "out.csv"]) == 0
+    assert "2 answered, 0 failed, 2 left out (too long)" in capsys.readouterr().out
+    whole = json.loads((place / "out.json.aiflux/status/run.json").read_text())
+    assert whole["request_counts"] == {"total": 4, "completed": 2, "failed": 2}, "OpenAI's form"
+    assert whole["aiflux"]["left_out"] == 2
 
 
 def test_skipped_requests_are_failures_once_they_fit(place: Path) -> None:
@@ -127,8 +176,9 @@ def test_skipped_requests_are_failures_once_they_fit(place: Path) -> None:
         assert draft.counts is not None
         assert draft.counts.failed == 2
         assert draft.plan.left_out == left_out
-    with pytest.raises(TooManyFailuresError, match="--retry-failed"):
+    with pytest.raises(TooManyFailuresError, match="--retry-failed") as caught:
         refuse_failures(draft.plan, draft.counts.failed)
+    assert "2 of 4 requests were left out as too long by an earlier command" in str(caught.value)
 
 
 CHECK = ["check", "in.jsonl", "--engine", "llamacpp", "--model", "m.gguf"]

@@ -76,6 +76,7 @@ class StepView:
             "requests": self.requests,
             "done": self.done,
             "failed": self.failed,
+            "left_out": 0 if self.run is None else self.run.left_out,
             "samples": self.record.samples,
             "filtered": self.record.stopped,
             "unusable": self.record.unusable,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.core.runs.status_file import EngineFacts
 from aiflux.estimates.pilot import Observation, SteadyRates, most_in_flight, pace, steady_rates
 
@@ -41,7 +42,8 @@ class Series:
         """A short name, which is unique in a benchmark."""
         slots = "" if self.slots is None else f"-s{self.slots}"
         context = "" if self.context_length is None else f"-n{self.context_length}"
-        return f"{self.engine}{slots}{context}"
+        engine = "server" if self.engine == EXTERNAL else self.engine
+        return f"{engine}{slots}{context}"
 
 
 @dataclass(frozen=True)

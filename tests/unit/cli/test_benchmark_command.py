@@ -94,7 +94,7 @@ def test_a_point_whose_journal_is_damaged_is_measured_again(left: float | None) 
     with FaultyEngine(delay=0.02) as engine:
         asked = at(engine, "--concurrency", "1,2")
         record(*asked)
-        journal = Pilot(FOLDER / "external-c2").run.journal(0)
+        journal = Pilot(FOLDER / "server-c2").run.journal(0)
         content = journal.read_bytes()
         if left is None:
             journal.unlink()
@@ -102,7 +102,7 @@ def test_a_point_whose_journal_is_damaged_is_measured_again(left: float | None) 
             journal.write_bytes(content[: int(left if left < 0 else left * len(content))])
         done = benchmark(*asked, "--json")
         assert len(engine.bodies) == 8 + 8 + 8
-    assert "external-c2: results of the finished point are missing or damaged" in done.stderr
+    assert "server-c2: results of the finished point are missing or damaged" in done.stderr
     found = json.loads(done.stdout)
     assert [point["figures"]["requests"] for point in found["points"]] == [8, 8]
     assert found["complete"]
@@ -114,7 +114,7 @@ def test_requests_in_flight_are_doubled_until_the_engine_is_full(place: Path) ->
         (place / "sub").mkdir()
     lines = printed.splitlines()
     assert lines[0] == "the mix classify, 8 requests per point, more if many are in flight"
-    table = lines[lines.index("a: external  m:1") + 3 :]
+    table = lines[lines.index(f"a: server at {engine.url}  m:1") + 3 :]
     table = table[: table.index("")]
     assert [row.split()[0] for row in table] == ["1", "2", "4"]
     assert [row[:12].split()[-1] == "*" for row in table] == [False, True, False]
@@ -178,8 +178,8 @@ def test_the_users_own_requests(place: Path) -> None:
     assert len(sent) == 8 + 20
     assert {*sent} == {f"say r{number}" for number in range(20)}
     words = " ".join(done.stdout.split())
-    assert "! too few requests to keep that many in flight (external-c16: " in words
-    assert "recommended: external-c2" in words
+    assert "! too few requests to keep that many in flight (server-c16: " in words
+    assert "recommended: server-c2" in words
 
 
 def test_failed_requests_are_counted_and_shown(
@@ -226,7 +226,7 @@ def test_a_server_that_answers_nothing_is_an_error() -> None:
 
     with FaultyEngine(instead=closed) as engine:
         done = benchmark(*at(engine, "--engine-wait", "0.5", "--max-retries", "0"), code=4)
-    assert "external-c1" in done.stderr
+    assert "server-c1" in done.stderr
     assert json.loads((FOLDER / "benchmark.json").read_text())["recommended"] is None
 
 

@@ -9,6 +9,7 @@ from string import ascii_lowercase
 from rich.text import Text
 
 from aiflux.cli.render.estimate import WIDTH, wrapped
+from aiflux.core.config.engine_kinds import EXTERNAL
 from aiflux.estimates.benchmark import (
     Benchmark,
     Point,
@@ -36,7 +37,9 @@ def benchmark_lines(found: Benchmark, width: int = WIDTH) -> list[Text]:
     lines = [*_workload(found.workload, found.points, width)]
     series = by_series(found.points)
     for letter, (each, points) in zip(_letters(len(series)), series.items(), strict=True):
-        lines += ["", _title(letter, each, points), *_table(points, found, width)]
+        title = _title(letter, each, points, found.where)
+        titles = [title] if len(title) <= width else wrapped(title, width)
+        lines += ["", *titles, *_table(points, found, width)]
     lines += _compared(found.points, width)
     plot = _plot(found)
     if plot:
@@ -69,10 +72,11 @@ def _workload(workload: Workload, points: Sequence[Point], width: int) -> Iterat
         )
 
 
-def _title(letter: str, series: Series, points: Sequence[Point]) -> str:
+def _title(letter: str, series: Series, points: Sequence[Point], where: str) -> str:
     measured = [point.figures for point in points if point.figures is not None]
     slots = {each.slots for each in measured if each.slots is not None}
-    parts = [f"{series.engine}  {series.model}".rstrip()]
+    engine = f"server at {where}" if series.engine == EXTERNAL else series.engine
+    parts = [f"{engine}  {series.model}".rstrip()]
     if slots:
         parts.append(f"slots: {', '.join(map(str, sorted(slots)))}")
     if series.context_length is not None:

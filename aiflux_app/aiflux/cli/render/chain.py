@@ -7,6 +7,7 @@ from rich.text import Text
 from aiflux.api.chain import ChainView, StepView
 from aiflux.cli.render.run import STYLES, Frame, one_line
 from aiflux.util.files import short
+from aiflux.util.text import counted
 
 _HEADER = ("STEP", "STATE", "DONE", "FAILED", "FILTERED", "MODEL")
 
@@ -32,6 +33,12 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
         lines.append(line)
     texts = {each.record.name: each.record.unusable_text for each in view.steps}
     lines += [Text(one_line(f"  {name}: {text}")) for name, text in texts.items() if text]
+    skipped = ((each.record.name, each.run.left_out) for each in view.steps if each.run)
+    lines += [
+        Text(f"  {name}: {counted(count, 'request')} left out (too long)")
+        for name, count in skipped
+        if count
+    ]
     step = view.unfinished
     if step is not None:
         lines += [Text(f"  {one_line(text)}") for text in _why(step)]
@@ -45,9 +52,9 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
 
 def _row(step: StepView) -> tuple[str, ...]:
     total = "" if step.requests is None else f"{step.done}/{step.requests}"
-    counted = step.requests is not None or step.record.refused
-    failed = str(step.failed) if counted else ""
-    filtered = str(step.record.stopped) if counted else ""
+    known = step.requests is not None or step.record.refused
+    failed = str(step.failed) if known else ""
+    filtered = str(step.record.stopped) if known else ""
     model = str(step.record.answering.get("model") or "")
     return (step.record.name, step.state, total, failed, filtered, one_line(model))
 

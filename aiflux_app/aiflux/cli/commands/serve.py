@@ -240,7 +240,7 @@ def _without_tunnel(view: ServeView, error: SlurmError) -> int:
     if view.directory.read_settings().addresses is None:
         raise SlurmError(
             f"{error.message}; and the engine listens on the loopback of its node only",
-            f"serve it without --tunnel; or {error.remedy}",
+            f"start it again by `aiflux serve` without --tunnel; or {error.remedy}",
         ) from error
     print(f"{error.message}; using the address of the node", file=sys.stderr)
     url = _reached(view)

@@ -709,7 +709,7 @@ def test_as_json(place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixtur
     content = json.loads(capsys.readouterr().out)
     assert content == {
         "output": str(place / "out.csv"), "state": "finished with failures", "rows": 2,
-        "requests": 2, "skipped": 0, "answered": 1, "failed": 1,
+        "requests": 2, "skipped": 0, "answered": 1, "failed": 1, "left_out": 0,
     }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from aiflux.converters.chain.rows import Sample, shown_order
 from aiflux.converters.chain.steps_file import read_chain
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.errors import StoppedError, TooManyFailuresError, UsageError
+from tests.tools.counting_server import VLLM, CountingServer
 from tests.tools.faulty_engine import FaultyEngine
 from tests.tools.make_sif import make_sif
 from tests.tools.make_tiny_gguf import tiny
@@ -1245,6 +1246,27 @@ def test_a_chain_from_python_is_continued_by_a_command(
     printed = capsys.readouterr().out
     options = f"--engine-url {engine.url} --stop a --stop=-b --max-retries 0 --retry-failed"
     assert f"  next: aiflux chain {place}/steps.yaml {options}\n" in printed
+
+
+def test_requests_that_are_left_out_are_no_failures_of_their_step(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text(f"id,text\n1,one\n2,{'word ' * 240}\n")
+    steps('first:\n  template: "{text}"\nsecond:\n  template: "{first}"\n')
+    with CountingServer(VLLM, 512) as server:
+        line = ["chain", "steps.yaml", "--engine-url", server.url, "--too-long", "skip"]
+        assert main([*line, "--dry-run"]) == 0
+        assert "step first: 1 request will not be sent" in capsys.readouterr().err
+        assert main([*line, "--json"]) == 0
+        assert [row["error"][:27] for row in rows_of("out.csv")] == [
+            "",
+            "first: too_long: not sent: ",
+        ]
+    shown = json.loads(capsys.readouterr().out)
+    counts = [(each["done"], each["failed"], each["left_out"]) for each in shown["steps"]]
+    assert (shown["state"], counts) == ("finished", [(2, 0, 1), (1, 0, 0)])
+    assert main(["status", "out.csv"]) == 0
+    assert "  first: 1 request left out (too long)\n" in capsys.readouterr().out
 
 
 def test_a_chain_that_stopped_between_two_steps(

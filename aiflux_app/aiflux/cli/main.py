@@ -146,10 +146,6 @@ def _main(words: Sequence[str], stdout: Outlet) -> int:
             raise
         return int(ExitCode.OK)
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is exit 1, with its trace
-        if isinstance(error, AifluxError) and session is not None and session.ctx is not None:
-            from aiflux.cli.advice import fit_advice
-
-            fit_advice(error, session.ctx)
         return _failed(error, debug=session is not None and session.debug)
     if stdout.failure is not None and stdout.failure.errno != errno.EPIPE:
         print(f"warning: {refused(stdout.failure).message}", file=sys.stderr)
@@ -190,7 +186,6 @@ def _run(words: Sequence[str], session: Session, stdout: Outlet) -> int:
     refuse_broken_names(words)
 
     def begin(ctx: click.Context) -> None:
-        session.ctx = ctx
         refuse_lost_folder()
         # The exit code of a command that works on a run is that of the run, even if nobody reads
         # stdout.

@@ -37,12 +37,10 @@ class Session:
     Attributes:
         begin: called with the command's context before the command runs.
         debug: print the traceback of every error.
-        ctx: that context; None before.
     """
 
     begin: Callable[[click.Context], None] = field(default=lambda _: None)
     debug: bool = False
-    ctx: click.Context | None = None
 
 
 class Option(click.Option):

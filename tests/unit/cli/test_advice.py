@@ -10,11 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
-from aiflux.cli.advice import fitting
-from aiflux.cli.main import main, make_program
+from aiflux.cli.main import main
 from aiflux.core.config.config import Config
 from aiflux.image.sif import CHECKOUT, how_to_build
 from aiflux.models.catalog import read_catalog
@@ -171,55 +169,6 @@ def test_an_advised_command_can_be_typed_whatever_the_names_are(
     printed = capsys.readouterr()
     path = named if " " in named else str(awkward / named)
     assert f"{command} {shlex.quote(path)}" in printed.out + printed.err
-
-
-def context_of(*names: str) -> click.Context:
-    """Return the context of a command, as click makes it."""
-    command: click.Command = make_program()
-    ctx = click.Context(command, info_name="aiflux")
-    for name in names:
-        assert isinstance(command, click.Group)
-        found = command.get_command(ctx, name)
-        assert found is not None
-        command, ctx = found, click.Context(found, parent=ctx, info_name=name)
-    return ctx
-
-
-@pytest.mark.parametrize(
-    ("words", "remedy", "shown"),
-    [
-        (["serve"], "use --engine ollama; or use the name X: --model hf:X",
-         "use the name X: --model hf:X"),
-        (["serve"], "use --engine vllm or --engine llamacpp", None),
-        (["serve"], "use --engine ollama, or a GGUF file of it", "a GGUF file of it"),
-        (["serve"], "shorten them, or --too-long skip, or --context-length 9",
-         "shorten them, or --context-length 9"),
-        (["resume"], "fix them, or skip the checks with --no-preflight", "fix them"),
-        (["run"], "fix them, or skip the checks with --no-preflight", None),
-        (["resume"], "the same `aiflux run` command with --retry-failed", None),
-        (["status"], "submit it: sbatch --dependency=afterok:1 run.sbatch", None),
-        (["models", "pull"], "run on the CPU: --allow-cpu",
-         "run on the CPU: --allow-cpu, which aiflux models pull does not offer, unlike aiflux run"),
-    ],
-)  # fmt: skip
-def test_no_command_advises_an_option_that_it_refuses(
-    words: list[str], remedy: str, shown: str | None
-) -> None:
-    assert fitting(remedy, context_of(*words)) == (remedy if shown is None else shown)
-
-
-def test_serve_does_not_advise_an_engine_that_it_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["serve", "--engine", "vllm", "--model", "llama3.2:3b"]) == 2
-    error = capsys.readouterr().err
-    assert "-> use the name on Hugging Face: --model hf:meta-llama/" in error
-    assert "ollama;" not in error
-    write_input(tmp_path / "in.jsonl", 1, body={"messages": [{"role": "user", "content": "x"}]})
-    run = ["run", "in.jsonl", "--engine", "vllm", "--model", "llama3.2:3b", "-o", "out.json"]
-    assert main([*run, "--dry-run"]) == 2
-    assert "-> use --engine ollama; or use the name on Hugging Face" in capsys.readouterr().err
 
 
 def test_building_an_image_is_advised_where_there_is_a_makefile(

@@ -31,10 +31,10 @@ from aiflux.errors import ConfigError
         ("llamacpp", "..", "does not end with .gguf", "--engine vllm"),
         ("llamacpp", "a b", "'a b' is not a model name", "or name a GGUF file: --model FILE.gguf"),
         ("vllm", "qwen3:8b", "qwen3:8b is a model of Ollama, which vLLM does not run",
-         "use --engine ollama; or use the name on Hugging Face: --model hf:Qwen/Qwen3-8B"),
+         "use the name on Hugging Face: --model hf:Qwen/Qwen3-8B; or use --engine ollama (not in "),
         ("vllm", "QWEN3:latest", "a model of Ollama", "--model hf:Qwen/Qwen3-8B"),
-        ("vllm", "lama3.2:3b", "a model of Ollama", "use --engine ollama --model llama3.2:3b; or "
-         "use the name on Hugging Face: --model hf:meta-llama/Llama-3.2-3B-Instruct"),
+        ("vllm", "lama3.2:3b", "a model of Ollama", "Face: --model "
+         "hf:meta-llama/Llama-3.2-3B-Instruct; or use --model llama3.2:3b --engine ollama"),
         ("vllm", "llava:13b", "'llava:13b' is not a model of Hugging Face", "use --engine ollama"),
         ("vllm", "no such:name", "is not a model of Hugging Face", "write hf:ORG/NAME"),
     ],

@@ -142,7 +142,8 @@ def refuse_model(models_dir: Path, model: str) -> None:
         raise ModelError(
             f"llama.cpp cannot read {model}: Ollama stores the part of a {header.architecture} "
             "that processes images in the model's own file",
-            "use --engine ollama, or a GGUF file of it with a separate mmproj file",
+            "use a GGUF file of it with a separate mmproj file, or --engine ollama (not in "
+            "aiflux serve)",
         )
 
 

@@ -53,6 +53,8 @@ from aiflux.models.name import HUB_PREFIX, refuse_gguf_file
 # vLLM's answers to requests when its engine process died (vllm/v1/engine/exceptions.py).
 _ENGINE_DIED = ("EngineCore encountered an issue", "EngineDeadError", "Engine process died")
 
+_OLLAMA = "--engine ollama (not in aiflux serve)"
+
 
 def same_hub_model(one: str, other: str) -> bool:
     """Return whether two names can mean the same model: ``hf:`` and @REVISION are optional."""
@@ -104,11 +106,11 @@ def _refuse_ollama_name(name: str) -> None:
         except ConfigError:
             raise error from None
         if known is None or known.hub_name is None:
-            raise ConfigError(error.message, f"{error.remedy}; or use --engine ollama") from None
+            raise ConfigError(error.message, f"{error.remedy}; or use {_OLLAMA}") from None
         raise ConfigError(
             f"{name} is a model of Ollama, which vLLM does not run",
-            f"use --engine ollama{f' --model {near}' if near else ''}; or use the name on Hugging "
-            f"Face: --model {known.hub_name}",
+            f"use the name on Hugging Face: --model {known.hub_name}; or use "
+            f"{f'--model {near} ' if near else ''}{_OLLAMA}",
         ) from None
 
 

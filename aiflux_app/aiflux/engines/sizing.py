@@ -15,6 +15,7 @@ from aiflux.models.tokenizer import ModelTokenizer
 _SPARE = 2**30
 """Bytes to leave free on each GPU, as llama.cpp's own fitting does."""
 _SHARE = 0.97
+_QUEUED = 2
 
 
 def engine_slots(kind: EngineKind, spec: EngineSpec, figures: Figures | None) -> int:
@@ -97,7 +98,16 @@ def smaller_division(divides: Callable[[int], bool], options: RunOptions, gpus: 
 
 def in_flight(engine_slots: int) -> int:
     """Return the requests that keep slots busy: one per slot, and a few in the queue."""
-    return engine_slots + max(2, engine_slots // 4)
+    return engine_slots + max(_QUEUED, engine_slots // 4)
+
+
+def in_flight_at(server_slots: int) -> int:
+    """Return the same for a llama-server whose options are not ours.
+
+    By default, it has a thread for each of its slots and two more (later builds: four), and a
+    connection keeps its thread: a request on one more would wait until another connection closes.
+    """
+    return server_slots + _QUEUED
 
 
 MIN_CONTEXT = 2048

@@ -22,6 +22,7 @@ from aiflux.engines.base import Engine
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
 from aiflux.report.build import without_secrets
+from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import engine_of, sessions, until
 from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.working import Working
@@ -212,6 +213,20 @@ def test_a_started_server_is_described(site: Site) -> None:
     site.engine(command).start()
     assert site.made[-1].describe() == "engine 0 is up: serve, no GPU"
     assert site.made[-1].max_in_flight() is None
+
+
+def test_a_llama_server_gets_as_many_requests_as_it_has_threads(site: Site) -> None:
+    """With its default, the threads are two more than the slots."""
+    gguf = site.folder / "m.gguf"
+    gguf.write_bytes(make_tiny_gguf.tiny())
+    tool = shlex.join([sys.executable, str(SERVER.with_name("fake_llama_server.py"))])
+    engine = site.engine(f"{tool} -m {gguf} --alias m --host {{host}} --port {{port}} -np 64 -c 64")
+    engine.start()
+    assert engine.max_in_flight() == 66
+    engine.stop()
+    other = site.engine(PORT, slots=64)
+    other.start()
+    assert other.max_in_flight() == 80
 
 
 def test_a_server_that_is_too_busy_for_a_probe_is_ready(site: Site) -> None:

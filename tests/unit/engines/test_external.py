@@ -68,6 +68,19 @@ def test_the_worker_waits_for_an_engine_that_loads(tmp_path: Path) -> None:
     assert any("is not ready (503): Loading model" in line for line in working.reporter.messages)
 
 
+def test_a_llama_server_gets_as_many_requests_as_it_has_threads(tmp_path: Path) -> None:
+    """With its default, the threads are two more than the slots."""
+
+    def props(_: str, path: str, __: Mapping[str, str]) -> Reply | None:
+        return (200, b'{"total_slots": 64}', {}) if path == "/props" else None
+
+    with FaultyEngine(instead=props) as engine:
+        working = Working(tmp_path, engine.url).prompts("a")
+        assert working.run() is ExitCode.OK
+    (line,) = [each for each in working.reporter.messages if "is ready" in each]
+    assert line.endswith("is ready with 64 slots, 66 requests in flight")
+
+
 def test_an_engine_that_loads_for_too_long_is_exit_4_with_its_message(tmp_path: Path) -> None:
     loading = Loading()
     loading.loading = True

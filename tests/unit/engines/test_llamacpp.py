@@ -174,6 +174,9 @@ exit 1
         ({}, (), {}, "-lv 2", "-ngl"),
         ({}, ("0", "1"), {}, "-ngl 999 -lv 2", "-np 1"),
         ({}, (), {"log_level": "DEBUG"}, "-lv 5", "-ngl"),
+        # Each request in flight has a connection, and a connection keeps its thread.
+        ({}, (), {}, "--threads-http 9", "-ngl"),
+        ({}, (), {"concurrency": 40}, "--threads-http 44", "-ngl"),
         ({}, ("0",), {"allow_cpu": True}, "--metrics --offline --no-webui", "-ngl"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, (), {},
          "--embeddings -b 1024 -ub 1024 --pooling mean", "--mmproj"),

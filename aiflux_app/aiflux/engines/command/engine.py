@@ -22,7 +22,7 @@ from aiflux.engines.outcome import RETRIED_STATUSES
 from aiflux.engines.process import LOOPBACK, ServerProcess, free_port, loopback_url
 from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_load import Get, get, reported, total_slots
-from aiflux.engines.sizing import in_flight
+from aiflux.engines.sizing import in_flight, in_flight_at
 from aiflux.errors import ConfigError, EngineError, RejectedError
 from aiflux.util.text import counted
 
@@ -64,6 +64,7 @@ class CommandEngine(ManagedEngine):
         self._folder = spec.environ.get("AIFLUX_JOB_DIR")
         self._models = ServedModels(f"engine {spec.index}", spec.say)
         self._socket: Path | None = None
+        self._reported: int | None = None
 
     def _find_program(self) -> str:
         name = command_words(self._line)[0]
@@ -101,7 +102,10 @@ class CommandEngine(ManagedEngine):
 
     def max_in_flight(self) -> int | None:
         """Return the requests that keep its slots busy; None if their number is unknown."""
-        return None if self.facts.slots is None else in_flight(self.facts.slots)
+        slots = self.facts.slots
+        if self._reported is not None:
+            return in_flight_at(self._reported)
+        return None if slots is None else in_flight(slots)
 
     def refusal(self, model: str) -> RejectedError | None:
         """Return why requests for a model cannot succeed, according to the server's list."""
@@ -200,7 +204,7 @@ class CommandEngine(ManagedEngine):
         facts = self.facts
         given = self._options.slots is not None or "slots" in self._named
         fetch = partial(get, client)
-        slots = total_slots(fetch)
+        slots = self._reported = total_slots(fetch)
         self.generates_n = self.kind.generates_n if slots is None else False
         facts.slots = slots or (self.slots if given else None)
         facts.context_length = self._context if "context" in self._named else None

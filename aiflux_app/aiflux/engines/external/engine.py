@@ -15,7 +15,7 @@ from aiflux.engines.http import Answer, Client, ExchangeError, speaks_tls
 from aiflux.engines.outcome import RETRIED_STATUSES, error_message
 from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_load import get, total_slots
-from aiflux.engines.sizing import in_flight
+from aiflux.engines.sizing import in_flight_at
 from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import public_url
 
@@ -129,7 +129,7 @@ class ExternalEngine:
         if self._slots is None:
             return None
         self.facts.slots = self._slots
-        return in_flight(self._slots)
+        return in_flight_at(self._slots)
 
     def can_have(self, slots: int) -> bool:
         """Return False: the server has its own."""

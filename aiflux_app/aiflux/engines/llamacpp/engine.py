@@ -19,12 +19,15 @@ from aiflux.engines.llamacpp.options import option_words
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.process import engine_environment, free_port
 from aiflux.engines.server_log import find_cause
+from aiflux.engines.sizing import in_flight
 from aiflux.errors import EngineError, RejectedError
 from aiflux.util.text import error_text
 
 _PROBE_TIMEOUT = 5.0
 _LIST_TIMEOUT = 60.0
 _ALL_LAYERS = "999"
+# Threads for connections other than those of requests, as many as the server adds by default.
+_MORE_THREADS = 4
 # Verbosity of the log; the default of 3 writes ten lines for each request.
 _WARNINGS, _DEBUG = "2", "5"
 # What ``llama-server --list-devices`` prints of each GPU, such as "  CUDA0: NVIDIA H100 (...)".
@@ -107,12 +110,15 @@ class LlamaCppEngine(ManagedEngine):
             ) from error
 
     def _command(self, files: ModelFiles, port: int) -> list[str]:
+        # A kept connection has a thread of its own: with fewer, some requests wait until others close.
+        busy = max(in_flight(self.slots), self._options.concurrency or 0)
         # Every slot gets an equal share of the context.
         command = [
             self._program,
             *("-m", str(files.model), "--alias", self._served),
             *("--host", self._host, "--port", str(port)),
             *("-np", str(self.slots), "-c", str(self._context * self.slots)),
+            *("--threads-http", str(busy + _MORE_THREADS)),
             *("--metrics", "--offline", "--no-webui"),
         ]
         listener = self.spec.listener

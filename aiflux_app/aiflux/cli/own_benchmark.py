@@ -12,13 +12,14 @@ from dataclasses import replace
 from aiflux.cli.benchmarks import Measuring, Sweep
 from aiflux.core.config.config import Config
 from aiflux.core.runs.serve_directory import ServeDirectory
+from aiflux.core.runs.status_file import PointFigures
 from aiflux.engines.base import EngineKind
 from aiflux.engines.gpus import visible_devices
 from aiflux.engines.kinds import engine_kind
 from aiflux.engines.own_benchmark import BenchmarkLoad, OwnBenchmark
 from aiflux.engines.process import find_program
 from aiflux.errors import EngineError, ModelError, UsageError
-from aiflux.estimates.benchmark import Compared, PointFigures, knees
+from aiflux.estimates.benchmark import Compared, knees
 
 
 def refuse_own(sweep: Sweep) -> None:

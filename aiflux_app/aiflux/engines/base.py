@@ -195,12 +195,14 @@ class SlotLimits:
         ladder: numbers to try if it is known, largest first.
         cpu: on a CPU, at most.
         per_core: on a CPU, per core.
+        most: that the servers, and ``--slots``, permit.
     """
 
     gpu: int = 16
     ladder: tuple[int, ...] = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # more than 32 gains little
     cpu: int = 4
     per_core: int = 1
+    most: int = 1024
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class ManagedEngine:
         figures = self._figures
         if self._options.slots is not None or (figures and self.kind.one_slot(figures)):
             return slots == self.slots
+        if slots > self.kind.slot_limits.most:
+            return False
         return slots <= self.slots or bool(self.spec.devices) or self._fit_in_memory(slots)
 
     def use_slots(self, count: int) -> None:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from aiflux.core.config.engine_kinds import EXTERNAL
-from aiflux.core.runs.status_file import EngineFacts
+from aiflux.core.runs.status_file import EngineFacts, PointFigures
 from aiflux.estimates.pilot import Observation, SteadyRates, most_in_flight, pace, steady_rates
 
 RISE = 1.05
@@ -18,8 +18,6 @@ RISE = 1.05
 KNEE_SHARE = 0.9
 """The knee is the smallest number in flight with this share of a series' best throughput."""
 _FAILED_MORE = 0.05
-_FILLED = 2
-_NEARLY = 0.9
 _FEWEST = 8
 _NORMAL_95 = 1.96
 
@@ -44,62 +42,6 @@ class Series:
         context = "" if self.context_length is None else f"-n{self.context_length}"
         engine = "server" if self.engine == EXTERNAL else self.engine
         return f"{engine}{slots}{context}"
-
-
-@dataclass(frozen=True)
-class PointFigures:
-    """What a point yielded.
-
-    Attributes:
-        in_flight: requests that were in flight while the engines were as busy as they became.
-        requests, failed: number of requests, and how many of them failed.
-        seconds: the time in which throughput was measured.
-        requests_per_second, tokens_per_second: successful requests, and their answers' tokens.
-        prompt_tokens, answer_tokens: means per successful request.
-        p50, p99: seconds per successful request.
-        engines, slots: number of engines, and slots of the first; None if they are unknown.
-        most_in_flight: the largest number in flight, for however short a time.
-        reason: the most frequent reason of the failures; None if no request failed.
-        margin: half of the 95 % interval of the throughput, as a share of it; None if unknown.
-    """
-
-    in_flight: int
-    requests: int
-    failed: int
-    seconds: float
-    requests_per_second: float
-    tokens_per_second: float
-    prompt_tokens: float
-    answer_tokens: float
-    p50: float
-    p99: float
-    engines: int = 1
-    slots: int | None = None
-    most_in_flight: int = 0
-    reason: str | None = None
-    margin: float | None = None
-
-    @property
-    def answered(self) -> bool:
-        """Whether any request succeeded."""
-        return self.failed < self.requests
-
-    @property
-    def throughput(self) -> float:
-        """Answer tokens per second; requests per second if no answer has tokens."""
-        return self.tokens_per_second or self.requests_per_second
-
-    @property
-    def filled(self) -> bool:
-        """Whether there were enough requests for the number in flight."""
-        return self.requests >= _FILLED * self.in_flight
-
-    def reached(self, concurrency: int) -> bool:
-        """Return whether nearly that many requests per engine were ever in flight.
-
-        The largest number counts: between very short requests, the client is often not fast enough.
-        """
-        return max(self.in_flight, self.most_in_flight) >= _NEARLY * concurrency * self.engines
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from aiflux.errors import (
 from aiflux.util.files import temporary_folder
 from aiflux.util.lease import acquire
 from aiflux.util.process_limits import exhaustion_stops, raise_file_limit, spare_files
+from aiflux.util.text import counted
 from aiflux.util.times import utc_text
 from aiflux.worker.concurrency import FEW, AdaptiveLimit, FixedLimit, SlotLimit
 from aiflux.worker.dispatcher import Pool, RetryPolicy
@@ -495,7 +496,7 @@ class _ModelWork:
                 self.scheduler,
                 say=self.context.reporter.say,
                 on_ready=self._ready,
-                on_failure=self._failed,
+                on_failure=partial(self._failed, lane.index),
                 on_crash=self._crashed,
                 stops=self.context.stopper.wait,
             )
@@ -519,8 +520,10 @@ class _ModelWork:
         if len(self._failures) == len(self.supervisors) and not self.context.stopper.stopping:
             raise self._failures[-1]
 
-    def _failed(self, error: BaseException) -> bool:
+    def _failed(self, index: int, error: BaseException) -> bool:
         """Note why an engine was given up; return whether it was the last, so that the run ends."""
+        if self.tuner is not None:
+            self.tuner.engine_lost(index)
         with self._lock:
             self._failures.append(error)
             return len(self._failures) == len(self.supervisors)
@@ -565,7 +568,7 @@ class _ModelWork:
             facts.model_digests = {**facts.model_digests, self.model: digest}
         self.pool.start()
         self.context.reporter.say(
-            f"{engine.describe()}, {lane.limit.value} requests in flight"
+            f"{engine.describe()}, {counted(lane.limit.value, 'request')} in flight"
             if engine.facts.slots is not None
             else engine.describe()
         )

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from aiflux.core.runs.status_file import EngineFacts, TunedPoint, Tuning
 from aiflux.engines.sizing import in_flight
 from aiflux.estimates.benchmark import (
     RISE,
     Point,
-    PointFigures,
     Series,
     figures_of,
     knee,
@@ -27,7 +27,6 @@ from aiflux.estimates.benchmark import (
 from aiflux.estimates.pilot import Observation
 from aiflux.util.text import counted
 
-MOST_SLOTS = 1024
 LONGEST = 600.0
 """Seconds after which nothing more is tried."""
 _FEWEST = 48
@@ -42,7 +41,7 @@ class Start(Enum):
     BEGUN = ""
     LATER = "too little of the job's time is left"
     TOO_LONG = "it takes too much of the rest of the run"
-    IMPOSSIBLE = "not possible with this model or memory"
+    IMPOSSIBLE = "not possible with this engine, model or memory"
 
 
 def counts_of(slots: int) -> list[int]:
@@ -62,28 +61,9 @@ def next_setting(tried: Sequence[Point], slots: int) -> tuple[int, int] | None:
     if len(tried) < len(counts):
         return slots, counts[len(tried)]
     more = 2 * (tried[-1].series.slots or slots)
-    if more > MOST_SLOTS or not still_rises(tried):
+    if not still_rises(tried):
         return None
     return more, in_flight(more)
-
-
-def point_of(tried: TunedPoint, tuning: Tuning) -> Point:
-    """Return a point that was tried as one of a benchmark."""
-    figures = PointFigures(
-        in_flight=tried.in_flight,
-        requests=tried.requests,
-        failed=tried.failed,
-        seconds=tried.seconds,
-        requests_per_second=tried.requests_per_second,
-        tokens_per_second=tried.tokens_per_second,
-        prompt_tokens=0.0,
-        answer_tokens=0.0,
-        p50=tried.p50,
-        p99=0.0,
-        engines=tuning.engines,
-        slots=tried.slots,
-    )
-    return Point(Series("", tuning.model, tried.slots), tried.concurrency, figures)
 
 
 class Tuner:
@@ -121,6 +101,7 @@ class Tuner:
         self._first: float | None = None
         self._started = 0.0
         self._began = 0.0
+        self._ended = "the requests ended before"
         self._observations: list[Observation] = []
 
     def engine_ready(self, index: int, slots: int) -> None:
@@ -161,6 +142,17 @@ class Tuner:
                 self.tuning = replace(self.tuning, tried=tried)
                 self._choose(f"the engine crashed with {counted(slots, 'slot')}", crashed=True)
 
+    def engine_lost(self, index: int) -> None:
+        """Measure no more in this start: the figures of fewer engines are not comparable."""
+        with self._lock:
+            if self.tuning.chosen:
+                return
+            self._measuring = False
+            self._slots.pop(index, None)
+            self._ended = f"engine {index} failed"
+            if self._slots:
+                self.value = in_flight(min(self._slots.values()))
+
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Record an ended exchange; see ``AdaptiveLimit.note``."""
         with self._lock:
@@ -190,10 +182,10 @@ class Tuner:
                 self._choose(f"nothing more is tried after {LONGEST / 60:g} minutes")
 
     def end(self) -> None:
-        """Record that the requests ended before a choice."""
+        """Record that the requests, or an engine, ended before a choice."""
         with self._lock:
             if not self.tuning.chosen:
-                self._record(replace(self.tuning, note="the requests ended before"))
+                self._record(replace(self.tuning, note=self._ended))
                 self._say(self.tuning.advice)
 
     def _measured(self, together: int) -> None:
@@ -204,18 +196,13 @@ class Tuner:
         """
         self._measuring = False
         ordered = sorted(self._observations, key=lambda item: item.began)[:-together]
-        found = figures_of(ordered, [EngineFacts()] * self.tuning.engines)
-        tried = TunedPoint(
-            slots=min(self._slots.values()),
-            concurrency=self.value,
-            in_flight=max(found.in_flight, found.most_in_flight),
-            requests=found.requests,
-            failed=found.failed,
-            seconds=round(found.seconds, 3),
-            requests_per_second=round(found.requests_per_second, 3),
-            tokens_per_second=round(found.tokens_per_second, 3),
-            p50=round(found.p50, 3),
-        )
+        engine = EngineFacts(slots=min(self._slots.values()))
+        found = figures_of(ordered, [engine] * self.tuning.engines)
+        figures: dict[str, Any] = {
+            name: round(value, 3) if isinstance(value, float) else value
+            for name, value in vars(found).items()
+        }
+        tried = TunedPoint(**figures, concurrency=self.value)
         self._record(replace(self.tuning, tried=(*self.tuning.tried, tried)))
         self._say(f"tuning: {tried_text(tried)}")
         self._advance()
@@ -278,7 +265,10 @@ class Tuner:
 
     @property
     def _points(self) -> list[Point]:
-        return [point_of(tried, self.tuning) for tried in self.tuning.tried]
+        return [
+            Point(Series("", self.tuning.model, tried.slots), tried.concurrency, tried)
+            for tried in self.tuning.tried
+        ]
 
     def _record(self, tuning: Tuning) -> None:
         self.tuning = tuning

@@ -16,7 +16,8 @@ from aiflux.cli.main import main
 from aiflux.cli.render.benchmark import benchmark_lines
 from aiflux.core.config.config import Config
 from aiflux.core.runs.plan import read_plan
-from aiflux.estimates.benchmark import Benchmark, Point, PointFigures, Series, Workload
+from aiflux.core.runs.status_file import PointFigures
+from aiflux.estimates.benchmark import Benchmark, Point, Series, Workload
 from aiflux.estimates.pilot import Pilot
 from tests.tools import make_tiny_gguf
 from tests.tools.faulty_engine import FaultyEngine

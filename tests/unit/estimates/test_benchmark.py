@@ -9,10 +9,9 @@ from random import Random
 
 import pytest
 
-from aiflux.core.runs.status_file import EngineFacts
+from aiflux.core.runs.status_file import EngineFacts, PointFigures
 from aiflux.estimates.benchmark import (
     Point,
-    PointFigures,
     Series,
     equally_good,
     figures_of,

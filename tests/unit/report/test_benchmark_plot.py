@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from aiflux.estimates.benchmark import Point, PointFigures, Series
+from aiflux.core.runs.status_file import PointFigures
+from aiflux.estimates.benchmark import Point, Series
 from aiflux.report.benchmark_plot import benchmark_plot
 
 

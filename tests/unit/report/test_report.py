@@ -383,7 +383,10 @@ def test_what_tune_tried_is_in_the_report(
     assert data["tunings"][0]["tuning"]["concurrency"] == 6
     page_words(made)
     page = made.run.report.read_text(encoding="utf-8")
-    assert "to keep it: --slots 4 --concurrency 6, or in aiflux.yaml slots: 4" in page
+    assert (
+        "to keep it: --slots 4 --concurrency 6 instead of --tune, or in aiflux.yaml: run: {slots: 4"
+        in page
+    )
     first, chosen = (row for row in page.split("<tr>") if "<td>llama3.2:3b</td>" in row)
     assert "77" in first
     assert "chosen" not in first

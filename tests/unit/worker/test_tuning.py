@@ -203,6 +203,31 @@ def test_engines_with_other_slots_than_chosen_keep_the_requests_of_their_own() -
     assert again.tuner.value == 40
 
 
+def test_the_search_ends_when_an_engine_is_lost() -> None:
+    simulation = Simulation(8, 100, tuning=Tuning("m", engines=2))
+    tuner = simulation.tuner
+    tuner.engine_ready(1, 8)
+    tuner.engine_ready(0, 8)
+    assert tuner.value == 2
+    tuner.engine_lost(1)
+    assert tuner.value == 10
+    assert not simulation.run(1000).tried
+    assert tuner.value == 10
+    tuner.end()
+    assert simulation.printed == [
+        "tuning of m did not finish (engine 1 failed); it keeps its default settings"
+    ]
+
+
+def test_the_advice_works_as_it_is_printed(tmp_path: Path) -> None:
+    advice = Tuning("m", slots=8, concurrency=10).advice
+    words, _, line = advice.partition(", or in aiflux.yaml: ")
+    assert words == "tuned m; to keep it: --slots 8 --concurrency 10 instead of --tune"
+    (tmp_path / "aiflux.yaml").write_text(line, encoding="utf-8")
+    options = Config(directory=tmp_path).run_options()
+    assert (options.slots, options.concurrency) == (8, 10)
+
+
 @pytest.fixture
 def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Working]:
     """Return a run with a stand-in that needs eight slots, started with two."""
@@ -374,7 +399,7 @@ def test_a_run_that_ends_first_says_so(tuned: Callable[..., Working]) -> None:
     assert working.run() is ExitCode.OK, working.error
     assert tuning_of(working)["note"] == "the requests ended before"
     (line,) = [each for each in working.reporter.messages if each.startswith("tun")]
-    assert line.startswith("tuning did not finish (the requests ended before)")
+    assert line.startswith("tuning of tiny:latest did not finish (the requests ended before)")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from aiflux.cli.render.estimate import WIDTH, wrapped
 from aiflux.core.config.engine_kinds import EXTERNAL
+from aiflux.core.runs.status_file import PointFigures
 from aiflux.estimates.benchmark import (
     Benchmark,
     Point,
-    PointFigures,
     Series,
     Workload,
     by_series,

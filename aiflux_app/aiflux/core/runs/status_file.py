@@ -25,6 +25,8 @@ from aiflux.util.records import KEY, OMITTED, from_json, read_record, to_json
 from aiflux.util.text import whole
 
 WRITE_INTERVAL = 1.0
+_FILLED = 2
+_NEARLY = 0.9
 _MOMENTS = {
     "in_progress": "in_progress_at",
     "finalizing": "finalizing_at",
@@ -211,18 +213,67 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class TunedPoint:
-    """Settings that ``--tune`` tried; ``in_flight`` is the largest number that was reached."""
+class PointFigures:
+    """What one combination of settings yielded, in a benchmark or with ``--tune``.
 
-    slots: int
-    concurrency: int
+    Attributes:
+        in_flight: requests that were in flight while the engines were as busy as they became.
+        requests, failed: number of requests, and how many of them failed.
+        seconds: the time in which throughput was measured.
+        requests_per_second, tokens_per_second: successful requests, and their answers' tokens.
+        prompt_tokens, answer_tokens: means per successful request.
+        p50, p99: seconds per successful request.
+        engines, slots: number of engines, and slots of the first; None if they are unknown.
+        most_in_flight: the largest number in flight, for however short a time.
+        reason: the most frequent reason of the failures; None if no request failed.
+        margin: half of the 95 % interval of the throughput, as a share of it; None if unknown.
+    """
+
     in_flight: int
     requests: int
     failed: int
     seconds: float
     requests_per_second: float
     tokens_per_second: float
-    p50: float
+    prompt_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+    engines: int = 1
+    slots: int | None = None
+    most_in_flight: int = 0
+    reason: str | None = None
+    margin: float | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether any request succeeded."""
+        return self.failed < self.requests
+
+    @property
+    def throughput(self) -> float:
+        """Answer tokens per second; requests per second if no answer has tokens."""
+        return self.tokens_per_second or self.requests_per_second
+
+    @property
+    def filled(self) -> bool:
+        """Whether there were enough requests for the number in flight."""
+        return self.requests >= _FILLED * self.in_flight
+
+    def reached(self, concurrency: int) -> bool:
+        """Return whether nearly that many requests per engine were ever in flight.
+
+        The largest number counts: between very short requests, the client is often not fast enough.
+        """
+        return max(self.in_flight, self.most_in_flight) >= _NEARLY * concurrency * self.engines
+
+
+@dataclass(frozen=True)
+class TunedPoint(PointFigures):
+    """Settings that ``--tune`` tried, per engine, and their figures."""
+
+    slots: int = 1
+    concurrency: int = 1
 
 
 @dataclass(frozen=True)
@@ -254,13 +305,15 @@ class Tuning:
     @property
     def advice(self) -> str:
         """How to keep what was chosen, and why the search ended early."""
+        note = f" ({self.note})" if self.note else ""
         if not self.chosen:
-            note = f" ({self.note})" if self.note else ""
-            return f"tuning did not finish{note}; the settings stay as they are by default"
+            return f"tuning of {self.model} did not finish{note}; it keeps its default settings"
         lines = ", ".join(f"{name}: {value}" for name, value in self.chosen.items())
         options = " ".join(settings_texts(self.chosen))
-        note = f" ({self.note})" if self.note else ""
-        return f"tuned{note}; to keep it: {options}, or in aiflux.yaml {lines}"
+        return (
+            f"tuned {self.model}{note}; to keep it: {options} instead of --tune, or in "
+            f"aiflux.yaml: run: {{{lines}}}"
+        )
 
     def measures_as(self, other: Tuning) -> bool:
         """Return whether the figures of both are comparable."""

@@ -110,7 +110,7 @@ class LlamaCppEngine(ManagedEngine):
             ) from error
 
     def _command(self, files: ModelFiles, port: int) -> list[str]:
-        # A kept connection has a thread of its own: with fewer, some requests wait until others close.
+        # A connection keeps its thread: with fewer, some requests wait until another one closes.
         busy = max(in_flight(self.slots), self._options.concurrency or 0)
         # Every slot gets an equal share of the context.
         command = [

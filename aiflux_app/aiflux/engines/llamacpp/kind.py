@@ -20,6 +20,7 @@ from aiflux.engines.base import (
     EngineSpec,
     FetchContext,
     HttpFactory,
+    SlotLimits,
     refuse_mixed_uses,
 )
 from aiflux.engines.llamacpp import model_file
@@ -43,7 +44,6 @@ def _accepts_model(model: str, named: str) -> bool:
     return accepts_model(model, named)
 
 
-_MOST_SLOTS = 256  # LLAMA_MAX_SEQ (llama-cparams.h), which is compiled in
 _INSTEAD = {
     "tool_parser": "leave it out: llama.cpp parses tool calls itself, by the model's template",
 }
@@ -69,6 +69,7 @@ class LlamaCppKind(CommonKind):
     cached_program = "llamacpp-cpu/bin/llama-server"
     own_benchmark: OwnBenchmark | None = BatchedBench()
     can_be_served = True
+    slot_limits = SlotLimits(most=256)  # LLAMA_MAX_SEQ (llama-cparams.h), which is compiled in
     # It refuses more answers than it has slots, and counts the tokens of one only (build 11669).
     generates_n: bool | None = False
     input_rules = InputRules(
@@ -82,10 +83,11 @@ class LlamaCppKind(CommonKind):
             ConfigError: an option is one of these.
             InputError: the input mixes them, and a server supports only one.
         """
-        if options.slots is not None and options.slots > _MOST_SLOTS:
+        most = self.slot_limits.most
+        if options.slots is not None and options.slots > most:
             raise ConfigError(
-                f"{self.title} has at most {_MOST_SLOTS} slots, but slots = {options.slots}",
-                f"set fewer: --slots {_MOST_SLOTS}",
+                f"{self.title} has at most {most} slots, but slots = {options.slots}",
+                f"set fewer: --slots {most}",
             )
         refuse_managed(self.title, options.engine_arg, MANAGED)
         refuse_unsupported(self.title, options, _INSTEAD)

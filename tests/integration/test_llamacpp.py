@@ -12,6 +12,7 @@ import signal
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,17 @@ from tests.integration.conftest import (
     MODEL,
     PLANETS,
     PROMPTS,
+    Cluster,
     User,
     answers,
     counted,
     lines,
+    recorded,
     request,
     shard_status,
+    until,
 )
+from tests.integration.test_jobs import submitted
 from tests.integration.test_ollama import (
     DISTURBED,
     RunningWorker,
@@ -273,6 +278,40 @@ def test_a_job_uses_the_image_of_its_engine(
                        "--image", checkout / "aiflux-llamacpp.sif", "--engine", "ollama",
                        cwd=place, env=job_env, code=2)  # fmt: skip
     assert "has the engine llamacpp, and the run needs Ollama" in refused
+
+
+def test_a_job_tunes_itself_and_its_advice_works(
+    user: User, aiflux: Path, llama_image: Path, cluster: Cluster, place: Path, tiny: str,
+    job_env: dict[str, str],
+) -> None:  # fmt: skip
+    """A requeue interrupts it; what was measured before is kept."""
+    user.write(place / "in.jsonl", tiny_requests(1200, 64))
+    run = [aiflux, "run", "in.jsonl", "--engine", "llamacpp", "--engine-arg", "threads=1",
+           "--gpus-per-node", "0", "--mem", "2G", "--drain-seconds", "2"]  # fmt: skip
+    job = submitted(user.run(*run, "-o", "out.json", "--tune", cwd=place, env=job_env))
+    until(lambda: recorded(place) and tunings(place), "the first figures")
+    user.run("scontrol", "requeue", job)
+    end = cluster.end(job)
+    log = cluster.log(job, place)
+    assert (end.state, end.fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert recorded(place) == 1200
+    (found,) = tunings(place)
+    tried = [(each["slots"], each["concurrency"]) for each in found["tried"]]
+    assert len({*tried}) == len(tried) > 1
+    shown = user.run(aiflux, "status", "out.json", cwd=place)
+    advice = re.search(r"^tuned .*; to keep it: (.*) instead of --tune", shown, re.MULTILINE)
+    assert advice is not None, shown
+    assert advice[0] in log
+    again = user.run(*run, "-o", "other.json", *advice[1].split(), "--dry-run", "--json",
+                     cwd=place, env=job_env)  # fmt: skip
+    options = json.loads(again)["options"]
+    assert (options["slots"], options["concurrency"]) == (found["slots"], found["concurrency"])
+
+
+def tunings(place: Path) -> list[dict[str, Any]]:
+    """Return what ``--tune`` found so far."""
+    found: list[dict[str, Any]] = shard_status(place)["aiflux"].get("tunings", [])
+    return found
 
 
 def red_square(width: int = 32) -> str:

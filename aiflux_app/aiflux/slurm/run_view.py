@@ -18,6 +18,7 @@ from aiflux.core.runs.status_file import (
     SlurmJob,
     StatusDetails,
     StatusFile,
+    Tuning,
     failed_text,
     left_out_by_workers,
     seal_of,
@@ -26,6 +27,7 @@ from aiflux.engines.kinds import engine_kind
 from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
 from aiflux.slurm.jobs import JobId, TaskState, dependency, seconds_until
+from aiflux.util.records import to_json
 from aiflux.util.times import duration
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
@@ -389,6 +391,7 @@ class RunView(ProgressFigures):
         remedy: what to do about the failure; "" if it did not fail, or nothing is known.
         slurm: why Slurm could not be asked; None if it could, or was not needed.
         output_change: how the output of the finished run was changed since; None if it was not.
+        tunings: what ``--tune`` chose, one for each model.
     """
 
     run_dir: Path
@@ -409,6 +412,7 @@ class RunView(ProgressFigures):
     slurm: str | None
     output_change: str | None
     shards: tuple[ShardView, ...]
+    tunings: tuple[Tuning, ...]
 
     def __str__(self) -> str:
         """Return the progress in one line."""
@@ -436,6 +440,7 @@ class RunView(ProgressFigures):
         content = asdict(self)
         for name in ("run_dir", "output", "input"):
             content[name] = str(content[name])
+        content["tunings"] = [to_json(each) for each in self.tunings]
         return {**content, "exit_code": int(outcome(self)) if self.ended else None}
 
 
@@ -499,7 +504,18 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         slurm=slurm,
         updated=_updated(facts),
         shards=shards,
+        tunings=_tunings(facts.shards),
     )
+
+
+def _tunings(shards: Iterable[ShardFacts]) -> tuple[Tuning, ...]:
+    """Return what was chosen for each model in the first shard, as shards that start later use."""
+    found: dict[str, Tuning] = {}
+    for shard in shards:
+        for each in shard.details.tunings:
+            if each.chosen:
+                found.setdefault(each.model, each)
+    return tuple(found.values())
 
 
 def _shard(facts: ShardFacts, tasks: Tasks | None, left_out: int) -> ShardView:

@@ -378,6 +378,18 @@ def test_the_counts_of_a_run_are_the_sums_of_its_shards(tmp_path: Path) -> None:
     assert view.remaining_seconds == 160
 
 
+def test_what_tune_chose_is_shown_once_for_each_model(tmp_path: Path) -> None:
+    made = array(tmp_path)
+    for shard, slots in enumerate((None, 8, 16)):
+        tuning = {"model": "m:1", "slots": slots, "concurrency": slots}
+        made.status(shard, "in_progress", tunings=[tuning])
+    view = look(made)
+    assert [each.slots for each in view.tunings] == [8]
+    assert view.to_json()["tunings"][0]["concurrency"] == 8
+    printed = [line.plain for line in overview(view, Frame())]
+    assert [line for line in printed if line.startswith("tuned m:1; to keep it: --slots 8")]
+
+
 def test_the_remaining_time_excludes_stopped_shards(tmp_path: Path) -> None:
     made = array(tmp_path)
     made.status(1, "in_progress", 50)

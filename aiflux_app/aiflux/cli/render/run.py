@@ -127,7 +127,8 @@ def _facts(view: RunView, frame: Frame) -> list[Text]:
     if view.engine_settings:
         lines.append(_pair("server", " ".join(settings_texts(view.engine_settings))))
     speed = speed_text(view) if not view.ended else ""
-    for words in (speed, _used(view), _seal(view)):
+    tuned = [each.advice for each in view.tunings]
+    for words in (speed, *tuned, _used(view), _seal(view)):
         if words:
             lines += [Text(part) for part in _wrapped(words, frame)]
     if view.empty_answers:

@@ -221,7 +221,8 @@ class PointFigures:
         requests, failed: number of requests, and how many of them failed.
         seconds: the time in which throughput was measured.
         requests_per_second, tokens_per_second: successful requests, and their answers' tokens.
-        prompt_tokens, answer_tokens: means per successful request.
+        prompt_tokens, answer_tokens: means per successful request; ``--tune`` does not count the
+            former.
         p50, p99: seconds per successful request.
         engines, slots: number of engines, and slots of the first; None if they are unknown.
         most_in_flight: the largest number in flight, for however short a time.
@@ -235,7 +236,7 @@ class PointFigures:
     seconds: float
     requests_per_second: float
     tokens_per_second: float
-    prompt_tokens: float = 0.0
+    prompt_tokens: float = field(default=0.0, metadata=OMITTED)
     answer_tokens: float = 0.0
     p50: float = 0.0
     p99: float = 0.0

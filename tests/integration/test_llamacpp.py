@@ -304,7 +304,7 @@ def test_a_job_tunes_itself_and_its_advice_works(
     assert advice[0] in log
     again = user.run(*run, "-o", "other.json", *advice[1].split(), "--dry-run", "--json",
                      cwd=place, env=job_env)  # fmt: skip
-    options = json.loads(again)["options"]
+    options = json.loads(again)["plan"]["options"]
     assert (options["slots"], options["concurrency"]) == (found["slots"], found["concurrency"])
 
 

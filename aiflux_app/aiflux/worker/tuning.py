@@ -112,9 +112,10 @@ class Tuner:
             tried = self.tuning.tried
             if self.tuning.chosen:
                 self._default = self._default or (tried[0].slots if tried else slots)
+                fewest = min(self._slots.values())
                 self.value = self.tuning.concurrency or 1
-                if slots != self.tuning.slots:
-                    self.value = self._count_with(slots)
+                if fewest != self.tuning.slots:
+                    self.value = self._count_with(fewest)
                 return
             self._measuring = False
             self.value = in_flight(slots)

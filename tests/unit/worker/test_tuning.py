@@ -219,6 +219,14 @@ def test_the_search_ends_when_an_engine_is_lost() -> None:
     ]
 
 
+def test_an_engine_with_more_slots_than_another_does_not_raise_the_limit_of_both() -> None:
+    """As where one of two engines did not start with more."""
+    tuner = Simulation(8, 8, tuning=Tuning("m", engines=2, slots=8, concurrency=10)).tuner
+    tuner.engine_ready(0, 8)
+    tuner.engine_ready(1, 16)
+    assert tuner.value == 10
+
+
 def test_the_advice_works_as_it_is_printed(tmp_path: Path) -> None:
     advice = Tuning("m", slots=8, concurrency=10).advice
     words, _, line = advice.partition(", or in aiflux.yaml: ")

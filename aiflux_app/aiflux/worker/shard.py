@@ -530,7 +530,7 @@ class _ModelWork:
 
     def _crashed(self, engine: Engine) -> None:
         if self.tuner is not None:
-            self.tuner.engine_crashed(engine.facts.slots or 1)
+            self.tuner.engine_crashed(engine.index, engine.facts.slots or 1)
 
     def _tick(self) -> None:
         self.shard.tick()

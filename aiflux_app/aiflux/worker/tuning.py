@@ -130,13 +130,14 @@ class Tuner:
             else:
                 self._advance()
 
-    def engine_crashed(self, slots: int) -> None:
+    def engine_crashed(self, index: int, slots: int) -> None:
         """Return all engines to fewer slots, if one crashes soon after a start with many.
 
         It may have too little memory for that many requests. What was measured with so many is
         dropped. With its default, or long after the start, a crash has other reasons.
         """
         with self._lock:
+            self._pause(index)
             soon = self._clock() - self._started <= LONGEST
             if soon and slots > self._default > 0:
                 tried = tuple(each for each in self.tuning.tried if each.slots < slots)
@@ -144,15 +145,17 @@ class Tuner:
                 self._choose(f"the engine crashed with {counted(slots, 'slot')}", crashed=True)
 
     def engine_lost(self, index: int) -> None:
-        """Measure no more in this start: the figures of fewer engines are not comparable."""
+        """Measure no more in this start, as an engine is given up."""
         with self._lock:
-            if self.tuning.chosen:
-                return
-            self._measuring = False
-            self._slots.pop(index, None)
+            self._pause(index)
             self._ended = f"engine {index} failed"
-            if self._slots:
-                self.value = in_flight(min(self._slots.values()))
+
+    def _pause(self, index: int) -> None:
+        """Measure nothing without an engine: the figures of fewer are not comparable."""
+        self._measuring = False
+        self._slots.pop(index, None)
+        if self._slots and not self.tuning.chosen:
+            self.value = in_flight(min(self._slots.values()))
 
     def note(self, work: int, seconds: float, overloaded: bool) -> None:
         """Record an ended exchange; see ``AdaptiveLimit.note``."""
@@ -221,9 +224,11 @@ class Tuner:
             self._choose("")  # --slots sets them
             return
         start = self._start_again(slots)
-        # Nothing is chosen because a job ends: the next one continues with what was measured.
-        if start not in (Start.BEGUN, Start.LATER):
-            self._choose(f"no start with {counted(slots, 'slot')}: {start.value}")
+        note = f"no start with {counted(slots, 'slot')}: {start.value}"
+        if start is Start.LATER:  # what was measured is kept
+            self._say(f"tuning: {note}; the next job continues")
+        elif start is not Start.BEGUN:
+            self._choose(note)
 
     def _measure(self, count: int) -> None:
         self.value = count

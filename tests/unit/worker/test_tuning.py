@@ -140,6 +140,10 @@ def test_nothing_is_chosen_because_the_job_ends() -> None:
     tuning = simulation.run(1000)
     assert not tuning.chosen
     assert simulation.tuner.value == 10
+    assert simulation.printed[-1] == (
+        "tuning: no start with 16 slots: too little of the job's time is left; the next job "
+        "continues"
+    )
     again = Simulation(8, 100, tuning=tuning)
     assert again.run(20000).chosen == {"slots": 128, "concurrency": 160}
     assert again.starts[:3] == [8, 16, 32]
@@ -177,20 +181,20 @@ def test_crashes_with_many_slots_lead_to_fewer() -> None:
     tuner = simulation.tuner
     simulation.run(20000)
     assert tuner.tuning.chosen == {"slots": 64, "concurrency": 80}
-    tuner.engine_crashed(64)
+    tuner.engine_crashed(0, 64)
     assert tuner.tuning.chosen == {"slots": 32, "concurrency": 40}
     assert simulation.wanted == 32
     assert tuner.tuning.note == "the engine crashed with 64 slots"
     tuner.engine_ready(0, 32)
     simulation.now += LONGEST + 1
-    tuner.engine_crashed(32)  # long after the start, it has another reason
+    tuner.engine_crashed(0, 32)  # long after the start, it has another reason
     assert tuner.tuning.chosen == {"slots": 32, "concurrency": 40}
     tuner.engine_ready(0, 32)
     for slots in (32, 16):
-        tuner.engine_crashed(slots)
+        tuner.engine_crashed(0, slots)
         tuner.engine_ready(0, slots // 2)
     assert tuner.tuning.chosen == {"slots": 8, "concurrency": 10}
-    tuner.engine_crashed(8)
+    tuner.engine_crashed(0, 8)
     assert tuner.tuning.note == "the engine crashed with 16 slots"
 
 
@@ -225,6 +229,21 @@ def test_an_engine_with_more_slots_than_another_does_not_raise_the_limit_of_both
     tuner.engine_ready(0, 8)
     tuner.engine_ready(1, 16)
     assert tuner.value == 10
+
+
+def test_nothing_is_measured_while_an_engine_is_down() -> None:
+    simulation = Simulation(8, 8, tuning=Tuning("m", engines=2))
+    tuner = simulation.tuner
+    tuner.engine_ready(0, 8)
+    tuner.engine_ready(1, 8)
+    tuner.engine_crashed(1, 8)
+    assert tuner.value == 10
+    assert not simulation.run(500).tried
+    tuner.engine_ready(1, 8)
+    for _ in range(200):
+        simulation.now += 0.1
+        tuner.note(50, 0.05, overloaded=False)
+    assert simulation.tuner.tuning.tried
 
 
 def test_the_advice_works_as_it_is_printed(tmp_path: Path) -> None:

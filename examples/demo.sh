@@ -9,9 +9,8 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=${here%/*}
 cache=${AIFLUX_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/aiflux}
 engine=${ENGINE:-ollama}
-named_model=smollm2:135m # in prompts.jsonl
+demo_model=smollm2:135m
 demo_eye=smollm2-untrained-eye:135m
-input=$here/prompts.jsonl
 # Use an unused name, so that neither results nor a run are overwritten.
 output=$PWD/demo-results.json
 for ((number = 2; ; number++)); do
@@ -50,7 +49,7 @@ set_up_ollama() {
         echo "its vision part is untrained: captions show that images arrive, not what is in them"
         "$root/container/demo-model.sh" --eye "$AIFLUX_ENGINE_PROGRAM" "$AIFLUX_MODELS_DIR" "$model"
     else
-        model=$named_model
+        model=$demo_model
         announce_model
         "$root/container/demo-model.sh" "$AIFLUX_ENGINE_PROGRAM" "$AIFLUX_MODELS_DIR"
     fi
@@ -78,7 +77,7 @@ set_up_vllm() {
 }
 
 model=${MODEL:-}
-[[ $engine != ollama || $model != "$named_model" ]] || model=
+[[ $engine != ollama || $model != "$demo_model" ]] || model=
 export AIFLUX_ENGINE=$engine
 case $engine in
     ollama) set_up_ollama ;;
@@ -93,13 +92,8 @@ esac
 if [[ -n ${EXAMPLE:-} ]]; then
     exec "$here/$EXAMPLE/run.sh" --local --model "$model" --allow-cpu
 fi
-if [[ $model != "$named_model" ]]; then
-    input=$cache/demo-prompts.jsonl
-    mkdir -p "$cache"
-    sed "s/\"model\":\"$named_model\",//" "$here/prompts.jsonl" >"$input" # --model names it
-fi
 
-aiflux run --local --model "$model" --input "$input" --output "$output" --allow-cpu
+aiflux run --local --model "$model" --input "$here/prompts.jsonl" --output "$output" --allow-cpu
 aiflux results show "$output"
 echo "results: $output"
 options=(--local)

@@ -39,6 +39,7 @@ FOREIGN_OPTIONS = {
     "--dependency",  # sbatch
     "--test-only",
     "--mount",  # Apptainer
+    "--secret",
     "--net",
     "--network",
     "--containall",
@@ -215,7 +216,8 @@ def test_commands_are_found_in_the_pages() -> None:
     lines = [words(line) for line in shell_lines(ROOT / "README.md")]
     assert ["make", "image"] in lines
     assert any(line[:2] == ["aiflux", "run"] for line in lines)
-    assert ["sbatch", "slurm/run.sbatch", "input.jsonl"] in lines
+    by_sbatch = "sbatch slurm/run.sbatch input.jsonl --model llama3.2:3b"
+    assert by_sbatch.split() in lines
     by_hand = "apptainer run aiflux.sif input.jsonl output.json --model smollm2:135m"
     assert by_hand.split() in lines
 
@@ -309,7 +311,9 @@ def test_examples_of_json_are_json(page: Path) -> None:
         entry = json.loads(block)
         request = entry.get("input", entry)
         if "method" in request:
-            parse_request(json.dumps(request).encode())
+            # The README's commands name this model.
+            model = "llama3.2:3b" if page == ROOT / "README.md" else None
+            parse_request(json.dumps(request).encode(), model)
 
 
 def test_the_python_quick_start_runs_until_the_submission(

@@ -5,7 +5,7 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
-# PDF and DOCX require the extra documents. The chunks are small here so that some text is split.
+# PDF requires the extra documents. The chunks are small here so that some text is split.
 # For real models, use a few thousand tokens, and leave space for the answer in the context.
 [[ -e summaries.jsonl ]] || aiflux convert dir --input "$here/reports" --chunk-tokens 160 --overlap 20 \
     --system "You summarise texts in one plain sentence." \

@@ -110,7 +110,8 @@ def ask(
             ``system_template``, ``turns``, ``examples``: rows or the path of a table, ...).
 
     Raises:
-        AifluxError: as ``aiflux.run`` does; StoppedError if the run ended before it was finished.
+        AifluxError: as ``aiflux.run`` does; StoppedError if the run ended before it was finished;
+            ConfigError before it if the output needs a library that is not installed.
     """
     folder = Path.cwd() if workspace is None else absolute(workspace)
     settings = {name: options.pop(name) for name in [*options] if name in BY_NAME}

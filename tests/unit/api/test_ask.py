@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_dataframe_gets_a_column(engine: FaultyEngine, library: str) -> None:
     before = answered.drop(columns="answer") if library == "pandas" else answered.drop("answer")
     assert before.equals(frame)
     assert "answer" not in frame.columns
+
+
+def test_a_missing_library_of_the_output_is_found_before_anything_is_sent(
+    place: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xlsxwriter", None)
+    with pytest.raises(ConfigError, match="needs the Python package xlsxwriter"):
+        ask(pa.table({"text": ["a"]}), engine, "answers.xlsx")
+    assert engine.seen.total() == 0
+    assert [*place.glob("answers*")] == []
 
 
 def test_a_table_is_written_too(place: Path, engine: FaultyEngine) -> None:

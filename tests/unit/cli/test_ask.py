@@ -583,6 +583,31 @@ def test_what_is_refused_before_anything_is_sent(
     assert {path.name for path in place.glob("[!.]*")} == {"in.csv"}
 
 
+@pytest.mark.parametrize(
+    ("output", "module"),
+    [
+        ("o.xlsx", "xlsxwriter"),
+        ("o.parquet", "pyarrow.parquet"),
+        ("o.duckdb", "pyarrow.parquet"),
+        ("o.duckdb", "duckdb"),
+    ],
+)
+def test_a_missing_library_of_the_output_is_found_before_anything_is_sent(
+    place: Path,
+    engine: FaultyEngine,
+    output: str,
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    write(place / "in.csv", "text\na\n")
+    assert ask(engine, output=output) == 2
+    assert f"needs the Python package {module.partition('.')[0]}" in capsys.readouterr().err
+    assert engine.bodies == []
+    assert {path.name for path in place.glob("[!.]*")} == {"in.csv"}
+
+
 def test_the_same_source_by_another_path_continues_the_table(
     place: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,20 @@ judge:
 BEST = f"{SAMPLES}  best: judge.score\n"
 
 
+def test_a_missing_library_of_the_output_is_found_before_anything_is_sent(
+    place: Path,
+    engine: FaultyEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "xlsxwriter", None)
+    (place / "in.csv").write_text("id,text\n1,a\n")
+    steps(TWO, output="out.xlsx")
+    assert chain(engine) == 2
+    assert "needs the Python package xlsxwriter" in capsys.readouterr().err
+    assert engine.seen.total() == 0
+
+
 # --- the table --------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 from aiflux.converters.cells import as_json, as_text
 from aiflux.converters.delimited import csv_writer
 from aiflux.converters.results.answers import refuse_unfit
-from aiflux.converters.results.arrow import arrow_types, cell
-from aiflux.converters.results.database import write_database
+from aiflux.converters.results.arrow import arrow_parquet, arrow_types, cell
+from aiflux.converters.results.database import database_library, write_database
 from aiflux.converters.results.table import BackOptions, BackSummary, BackTable, Record
 from aiflux.converters.results.vectors import write_npy
 from aiflux.converters.results.verbatim import (
@@ -24,7 +24,7 @@ from aiflux.converters.results.verbatim import (
     verbatim_writer,
     write_array,
 )
-from aiflux.converters.results.workbook import write_xlsx
+from aiflux.converters.results.workbook import workbook_library, write_xlsx
 from aiflux.converters.writer import refuse_other_form
 from aiflux.errors import InputError, UsageError
 from aiflux.util.extras import need
@@ -86,7 +86,7 @@ def results_to_parquet(
     Raises:
         ConfigError: pyarrow is not installed.
     """
-    need("pyarrow.parquet", "parquet", "writing Parquet")
+    refuse_missing(".parquet")
     return _write(output, target, options, write_parquet, suffixes=(".parquet",))
 
 
@@ -98,6 +98,7 @@ def results_to_xlsx(
     Raises:
         ConfigError: XlsxWriter is not installed.
     """
+    refuse_missing(".xlsx")
     return _write(output, target, options, write_xlsx, suffixes=(".xlsx",))
 
 
@@ -109,6 +110,7 @@ def results_to_duckdb(
     Raises:
         ConfigError: duckdb or pyarrow is not installed.
     """
+    refuse_missing(".duckdb")
     return _write(output, target, options, write_duckdb, suffixes=(".duckdb",))
 
 
@@ -171,6 +173,7 @@ def table_form(target: Path) -> str:
 
     Raises:
         UsageError: no such table can be written.
+        ConfigError: a library that it needs is not installed.
     """
     suffix = target.suffix.lower()
     if suffix not in FORMS:
@@ -178,7 +181,25 @@ def table_form(target: Path) -> str:
             f"the output {str(target)!r} has no form that AI-Flux can write",
             f"end its name with one of {', '.join(FORMS)}",
         )
+    refuse_missing(suffix)
     return suffix
+
+
+_LIBRARIES: Mapping[str, tuple[Callable[[], Any], ...]] = {
+    ".parquet": (arrow_parquet,),
+    ".xlsx": (workbook_library,),
+    ".duckdb": (database_library, arrow_parquet),
+}
+
+
+def refuse_missing(suffix: str) -> None:
+    """Refuse a form of tables that cannot be written here; before any answer is asked for.
+
+    Raises:
+        ConfigError: a library that it needs is not installed.
+    """
+    for load in _LIBRARIES.get(suffix, ()):
+        load()
 
 
 def _write(
@@ -291,8 +312,7 @@ def write_json(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> 
 
 def write_parquet(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as Parquet, one row group at a time."""
-    arrow = need("pyarrow", "parquet", "writing Parquet")
-    library = need("pyarrow.parquet", "parquet", "writing Parquet")
+    arrow, library = need("pyarrow", "parquet", "writing Parquet"), arrow_parquet()
     schema = _arrow_schema(arrow, table)
     with _storable(arrow), library.ParquetWriter(file, schema) as writer:
         for part in _arrow_tables(arrow, schema, records):

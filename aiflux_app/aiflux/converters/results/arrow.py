@@ -10,7 +10,17 @@ from aiflux.converters.cells import as_text
 from aiflux.converters.delimited import DelimitedTable
 from aiflux.converters.parquet import ParquetTable
 from aiflux.converters.results.table import BackTable
+from aiflux.util.extras import need
 from aiflux.util.text import whole_text
+
+
+def arrow_parquet() -> Any:
+    """Return the module that writes Parquet.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+    """
+    return need("pyarrow.parquet", "parquet", "writing Parquet")
 
 
 def arrow_types(arrow: Any, table: BackTable) -> dict[str, Any]:

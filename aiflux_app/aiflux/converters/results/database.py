@@ -16,6 +16,15 @@ TABLE = "answers"
 _MEMORY = "32MB"
 
 
+def database_library() -> Any:
+    """Return DuckDB.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    return need("duckdb", "duckdb", "writing DuckDB databases")
+
+
 def write_database(file: IO[bytes], near: Path, write_parquet: Callable[[IO[bytes]], None]) -> None:
     """Write a database with the table ``answers``; its types are those of the Parquet file.
 
@@ -26,7 +35,7 @@ def write_database(file: IO[bytes], near: Path, write_parquet: Callable[[IO[byte
         ConfigError: DuckDB is not installed.
         StorageError: the database cannot be written.
     """
-    library: Any = need("duckdb", "duckdb", "writing DuckDB databases")
+    library = database_library()
     with temporary_folder(near) as folder:
         parquet, database = folder / "table.parquet", folder / "table.duckdb"
         with open(parquet, "xb") as rows:

@@ -12,7 +12,7 @@ from aiflux.converters.cells import as_json, as_text
 from aiflux.converters.delimited import DelimitedTable
 from aiflux.converters.json_records import JsonTable
 from aiflux.converters.parquet import ParquetTable
-from aiflux.converters.results.arrow import arrow_types, cell
+from aiflux.converters.results.arrow import arrow_parquet, arrow_types, cell
 from aiflux.converters.results.table import BackTable, Record
 from aiflux.converters.table import Row, SourceTable
 from aiflux.util.compression import PlainFile, plain_name
@@ -162,8 +162,7 @@ def _entry(row: Row, added: Record) -> str:
 
 def write_parquet(file: IO[bytes], table: BackTable, pairs: Pairs) -> None:
     """Write the source's columns as Arrow has them, with its schema and metadata."""
-    arrow = need("pyarrow", "parquet", "writing Parquet")
-    library = need("pyarrow.parquet", "parquet", "writing Parquet")
+    arrow, library = need("pyarrow", "parquet", "writing Parquet"), arrow_parquet()
     kinds = arrow_types(arrow, table)
     schema = cast(ParquetTable, table.source_table).schema
     for name in table.added:

@@ -22,6 +22,15 @@ _FORMATS = {datetime: "yyyy-mm-dd hh:mm:ss", date: "yyyy-mm-dd", time: "hh:mm:ss
 _CREATED = datetime(2000, 1, 1)
 
 
+def workbook_library() -> Any:
+    """Return XlsxWriter.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    return need("xlsxwriter", "spreadsheets", "writing workbooks")
+
+
 def write_xlsx(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> None:
     """Write rows as the only sheet of a workbook. Texts stay texts, also if they begin with ``=``.
 
@@ -29,7 +38,7 @@ def write_xlsx(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> 
         ConfigError: XlsxWriter is not installed.
         InputError: a sheet has no room for the table.
     """
-    library = need("xlsxwriter", "spreadsheets", "writing workbooks")
+    library = workbook_library()
     options = {
         "constant_memory": True,
         "strings_to_formulas": False,

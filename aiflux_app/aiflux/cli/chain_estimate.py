@@ -49,6 +49,7 @@ def estimate_chain(source: str, output: str | None, more: Mapping[str, Any]) -> 
     path = expanded(source)
     target = None if output is None else absolute(output)
     whole = ChainWork(ChainRuns.of(read_chain(path, target)), {**more, **given})
+    whole.show_unused(given)
     pilot = Pilot.of_output(whole.folder.output)
     drawn = _drawn(whole, pilot, more)
     lines = [line for _, _, line in read_lines(pilot.input)]

@@ -43,8 +43,10 @@ from aiflux.slurm.monitor import active_jobs
 from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.slurm.script import render_models
 from aiflux.util.files import short, temporary_folder
+from aiflux.util.text import joined
 
 if TYPE_CHECKING:
+    from aiflux.engines.base import EngineKind
     from aiflux.slurm.jobs import JobId
     from aiflux.slurm.submit import PlannedRun
     from aiflux.worker.progress import Reporter
@@ -70,24 +72,41 @@ def refuse_local_at_url(config: Config, *, local: bool) -> None:
         )
 
 
-def show_unused_settings(config: Config, given: Mapping[str, Any]) -> None:
+# Of the settings for Slurm, what an image on this machine obeys, too.
+_OF_IMAGE = ("seal", "gpu_vendor")
+
+
+def show_unused_settings(
+    kind: EngineKind,
+    given: Mapping[str, Any],
+    *,
+    local: bool = False,
+    instead: Mapping[str, str] | None = None,
+) -> None:
     """Print on stderr which options for Slurm have no effect, since no job is submitted.
 
     Args:
+        kind: of the engine that does the work.
         given: the settings of the command line; those of files are for all commands.
+        local: the engine runs on this machine, and nothing is estimated for a job.
+        instead: options that may be meant, by setting.
     """
-    if kind_named(config.engine).managed:
+    if kind.managed and not local:
         return
-    names = [
-        BY_NAME[name].option
+    kept = _OF_IMAGE if kind.managed else ()
+    unused = [
+        name
         for name, value in given.items()
-        if value is not None and BY_NAME[name].section == "slurm"
+        if value is not None and BY_NAME[name].section == "slurm" and name not in kept
     ]
-    if names:
-        print(
-            f"note: {', '.join(names)} has no effect: a running server needs no job",
-            file=sys.stderr,
-        )
+    if not unused:
+        return
+    options = joined([BY_NAME[name].option for name in unused])
+    verb = "has" if len(unused) == 1 else "have"
+    why = "no job is submitted" if kind.managed else "a running server needs no job"
+    meant = {name: option for name, option in (instead or {}).items() if name in unused}
+    hints = "".join(f"; for the input: {option}" for option in meant.values())
+    print(f"note: {options} {verb} no effect: {why}{hints}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -608,6 +608,30 @@ def test_a_missing_library_of_the_output_is_found_before_anything_is_sent(
     assert {path.name for path in place.glob("[!.]*")} == {"in.csv"}
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_an_option_of_slurm_that_may_be_meant_for_the_input_is_named(
+    place: Path, engine: FaultyEngine, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "papers").mkdir()
+    write(place / "papers" / "a.txt", "a")
+    given = ("--exclude", "drafts/*", *more)
+    assert ask(engine, *given, source="papers", template="answer:{text}") == 0
+    note = "note: --exclude has no effect: a running server needs no job; for the input: --input-ex"
+    assert note in capsys.readouterr().err
+
+
+def test_options_of_slurm_have_no_effect_without_a_job(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "in.csv", "text\na\n")
+    given = ["-m", "m:1", "--local", "--partition", "p", "--time", "1:00:00", "--no-seal"]
+    assert main(["ask", "in.csv", "--template", "{text}", "--dry-run", *given]) == 0
+    note = "note: --partition and --time have no effect: no job is submitted\n"
+    assert capsys.readouterr().err.startswith(note)
+    assert main(["run", "none.jsonl", *given]) == 2
+    assert capsys.readouterr().err.startswith(note)
+
+
 def test_the_same_source_by_another_path_continues_the_table(
     place: Path, engine: FaultyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -67,6 +67,10 @@ def words(engine: FaultyEngine, *more: str) -> list[str]:
 
 def chain(engine: FaultyEngine, *more: str) -> int:
     return main(words(engine, *more))
+
+
+def estimate(engine: FaultyEngine, *more: str) -> int:
+    return main(["estimate", *words(engine, *more)[1:]])
 
 
 def steps(text: str, source: str = "in.csv", output: str = "out.csv", more: str = "") -> Path:
@@ -130,6 +134,35 @@ def test_a_missing_library_of_the_output_is_found_before_anything_is_sent(
     assert chain(engine) == 2
     assert "needs the Python package xlsxwriter" in capsys.readouterr().err
     assert engine.seen.total() == 0
+
+
+@pytest.mark.parametrize("command", [chain, estimate])
+def test_options_of_slurm_have_no_effect_at_a_server(
+    place: Path,
+    engine: FaultyEngine,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,long\n")
+    steps(TWO)
+    assert command(engine, "--partition", "p") == 0
+    note = "note: --partition has no effect: a running server needs no job"
+    assert note in capsys.readouterr().err
+
+
+def test_an_option_of_slurm_that_one_step_uses_is_not_named(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "in.csv").write_text("id,text\n1,long\n")
+    first, second = TWO.strip().split("second:")
+    steps(f"{first}  engine_url: {engine.url}\nsecond:{second}")
+    assert main(["chain", "steps.yaml", "--partition", "p", "--dry-run"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert (
+        main(["chain", "steps.yaml", "--engine-url", engine.url, "--partition", "p", "--dry-run"])
+        == 0
+    )
+    assert "note: --partition has no effect" in capsys.readouterr().err
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -84,6 +84,16 @@ def test_a_sample_is_asked_again_and_the_answers_are_the_same() -> None:
     assert sent <= {json.dumps(body) for body in engine.bodies[:30]}, "the same bodies are sent"
 
 
+def test_options_of_slurm_have_no_effect_at_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with FaultyEngine() as engine:
+        run_at(engine, count=3)
+        for command in ("verify-run", "resume"):
+            capsys.readouterr()
+            assert main([command, "out.json", "--partition", "p"]) == 0
+            note = "note: --partition has no effect: a running server needs no job"
+            assert note in capsys.readouterr().err
+
+
 def test_the_sample_of_a_verification_is_not_verified() -> None:
     with FaultyEngine() as engine:
         run_at(engine)

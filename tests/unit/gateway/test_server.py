@@ -225,6 +225,15 @@ def test_wrong_options_are_refused(tmp_path: Path, words: list[str], text: str) 
     assert text in done.stderr
 
 
+def test_options_of_slurm_have_no_effect_at_a_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aiflux.cli", "gateway", "--dir", str(tmp_path / "state")]
+    more = ("--partition", "p", "--socket", "x" * 200)  # it ends at once
+    done = subprocess.run(
+        [*command, *NOWHERE, *more], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "note: --partition has no effect: a running server needs no job" in done.stderr
+
+
 def test_a_port_in_use_is_refused_if_it_was_asked_for(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

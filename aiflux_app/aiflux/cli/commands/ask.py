@@ -39,6 +39,7 @@ from aiflux.cli.start import (
     refuse_local_at_url,
     run_here,
     run_local,
+    show_unused_settings,
     submit,
     write_output,
 )
@@ -58,6 +59,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_run_status, refuse_failures
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import ExitCode, TooManyFailuresError, UsageError
 from aiflux.slurm.monitor import RunState, gather, is_active, outcome
 from aiflux.util.files import absolute, short
@@ -90,6 +92,13 @@ def _converter_options(function: Function) -> Function:
 def _own_name(name: str) -> str:
     """Return the name that a converter's parameter has here, where a setting may have its name."""
     return f"input_{name}" if name in BY_NAME else name
+
+
+def _renamed(kind: str) -> dict[str, str]:
+    """Return the options of a kind of input that have another name here, by their own."""
+    names = (str(param.name) for param in convert.commands[kind].params)
+    own = {name: _own_name(name) for name in names if name not in _LEFT_OUT}
+    return {name: f"--{new.replace('_', '-')}" for name, new in own.items() if new != name}
 
 
 def _option_like(name: str, param: click.Option) -> Decorator:
@@ -153,12 +162,18 @@ def ask(
     source = _source(the_input(input_argument, input_option))
     kind = given["kind"] or _kind(source)
     converter = _Converter.of(source, kind, given)
+    config = Config(arguments=given_settings(given))
+    refuse_local_at_url(config, local=given["local"])
+    show_unused_settings(
+        kind_named(config.engine),
+        given_settings(given),
+        local=given["local"],
+        instead=_renamed(kind),
+    )
     if given["dry_run"]:
         return converter.preview(as_json=given["as_json"])
     if output is None:
         raise UsageError("no output was given", "--output answers.csv")
-    config = Config(arguments=given_settings(given))
-    refuse_local_at_url(config, local=given["local"])
     if config.get("model") is None:  # the requests name none
         raise UsageError("no model was named", "--model llama3.2:3b")
     work = _Ask(AnswerTable.of(output), converter, config, given)

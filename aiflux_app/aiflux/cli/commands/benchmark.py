@@ -28,6 +28,7 @@ from aiflux.core.config.config import Config
 from aiflux.core.config.declaration import parse_setting
 from aiflux.core.config.settings import BY_NAME, given_settings
 from aiflux.core.runs.directory import refuse_precious
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import (
     AifluxError,
     ConfigError,
@@ -102,7 +103,7 @@ def benchmark(output: str | None, write_config: str | None, **more: Any) -> int:
     target = None if write_config is None else _target(write_config, sweep, force=more["force"])
     first = Config(arguments=sweep.engines[0])
     refuse_local_at_url(first, local=sweep.local)
-    show_unused_settings(first, sweep.engines[0])
+    show_unused_settings(kind_named(first.engine), sweep.engines[0])
     refuse_one_program(local=sweep.local and len(sweep.engines) > 1)
     if more["against"]:
         refuse_own(sweep)

@@ -33,6 +33,7 @@ from aiflux.cli.start import (
     refuse_local_at_url,
     run_here,
     run_local,
+    show_unused_settings,
     submit,
     write_output,
 )
@@ -102,6 +103,7 @@ def chain(
     path = expanded(the_input(input_argument, input_option))
     target = None if output is None else absolute(output)
     work = ChainWork(ChainRuns.of(read_chain(path, target)), given)
+    work.show_unused(given_settings(given), local=given["local"])
     if given["dry_run"]:
         return work.preview()
     failure: AifluxError | None = None
@@ -157,6 +159,12 @@ class ChainWork:
             refuse_settings(step, config.run_options())
             found[step.name] = config
         return found
+
+    def show_unused(self, given: Mapping[str, Any], *, local: bool = False) -> None:
+        """Print which of the given options for Slurm have no effect in any step."""
+        kinds = [kind_named(config.engine) for config in self.configs.values()]
+        managed = [kind for kind in kinds if kind.managed]
+        show_unused_settings((managed or kinds)[0], given, local=local)
 
     def preview(self) -> int:
         """Check the steps and their jobs, and show the first requests of the first step."""

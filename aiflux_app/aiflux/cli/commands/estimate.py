@@ -47,6 +47,7 @@ from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.directory import named_output
 from aiflux.core.runs.plan import read_plan
 from aiflux.core.runs.status_file import read_status
+from aiflux.engines.kinds import kind_named
 from aiflux.errors import (
     AifluxError,
     ExitCode,
@@ -132,7 +133,7 @@ def estimate(
         for settings in given
     ]
     refuse_local_at_url(asked[0].config, local=more["local"])
-    show_unused_settings(asked[0].config, given[0])
+    show_unused_settings(kind_named(asked[0].config.engine), given[0])
     return estimate_run(asked[0]) if len(asked) == 1 else _estimate_engines(asked)
 
 

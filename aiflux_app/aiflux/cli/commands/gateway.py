@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiflux.cli.parser import FILE, FOLDER, WholeNumber, command, option, settings_options
-from aiflux.cli.start import refuse_local_at_url, show_local_choices
+from aiflux.cli.start import refuse_local_at_url, show_local_choices, show_unused_settings
 from aiflux.core.config.config import Config
 from aiflux.core.config.settings import given_settings
 from aiflux.core.runs.registry import state_folder
@@ -72,6 +72,7 @@ def gateway(
     given = {name: v for name, v in given_settings(settings).items() if v is not None}
     config = Config(arguments=given)
     refuse_local_at_url(config, local=local)
+    show_unused_settings(kind_named(config.engine), given, local=local)
     most = _most_at_once(config, at_once, local=local)
     config.run_options()
     config.get_slurm_config().checked()

@@ -150,7 +150,9 @@ def run(
     source = the_input(input_argument, input_option)
     config = Config(arguments=given_settings(more))
     refuse_local_at_url(config, local=more["local"])
-    show_unused_settings(config, given_settings(more))
+    # The estimate of a pilot is of the jobs of the whole run.
+    local = more["local"] and more["pilot"] is None
+    show_unused_settings(kind_named(config.engine), given_settings(more), local=local)
     refuse_contradiction(
         force=more["force"],
         force_resume=more["force_resume"],
@@ -301,6 +303,8 @@ def resume(
 
     def work() -> int:
         if local or _started_here(directory):
+            kind = engine_kind(read_plan(directory).options)
+            show_unused_settings(kind, given_settings(settings), local=True)
             return _resume_here(directory, {"image": image, **given_settings(settings)}, command)
         return _submit_rest(run, directory, image, settings, command)
 

@@ -12,6 +12,7 @@ from aiflux.cli.pilots import Asked, PlannedPilot, draw, follow, run_pilot
 from aiflux.cli.render.run import typed
 from aiflux.cli.render.verification import verification_lines
 from aiflux.cli.run_argument import make_console, run_argument, show
+from aiflux.cli.start import show_unused_settings
 from aiflux.core.config.config import Config, SlurmConfig
 from aiflux.core.config.settings import CHUNK, SEND, RunOptions, given_settings
 from aiflux.core.runs.directory import RunDirectory, user_output
@@ -118,6 +119,8 @@ def verify_run(run: str, sample: int, seed: int, image: str | None, **more: Any)
     _refuse_changed(plan, directory)
     given = {**given_settings(more), "image": image}
     one = _planned(plan, directory, sample, seed, given, more)
+    kind, here = engine_kind(plan.options), one.asked.where != SLURM
+    show_unused_settings(kind, given_settings(more), local=here)
     draw([one])
     if not one.pilot.done():
         if one.asked.where != SLURM:

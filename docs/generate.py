@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from aiflux.cli.main import GROUPS, make_program
-from aiflux.cli.parser import Command, Option
+from aiflux.cli.parser import Command, Option, setting_help
 from aiflux.core.config.declaration import Setting
 from aiflux.core.config.engine_command import PLACEHOLDERS
 from aiflux.core.config.settings import BY_NAME, SECTIONS, SETTINGS, TITLES
@@ -35,6 +35,7 @@ _HEADER = """\
 # Settings for .env: copy this file to .env in the directory where you run aiflux.
 # Made by docs/generate.py. An empty value means "not set". The environment takes precedence.
 """
+_LINK = "[settings](configuration.md)"
 _HAS_ALL = "aiflux run"
 _LISTED_UNDER = {"accounting": "aiflux report"}
 _REFERENCE_HEADER = """\
@@ -177,7 +178,10 @@ def _command(ctx: click.Context, level: str) -> Iterator[str]:
 
 
 def _shown(command: Command, ctx: click.Context) -> Iterator[click.Parameter]:
-    """Yield the parameters that get a line here; settings are listed under one command only."""
+    """Yield the parameters that get a line here.
+
+    Settings are listed under one command only, unless another one has its own text for them.
+    """
     for param in command.params:
         hidden = isinstance(param, click.Option) and param.hidden
         if not hidden and (not _is_setting(param) or _is_listed(param, ctx)):
@@ -186,8 +190,9 @@ def _shown(command: Command, ctx: click.Context) -> Iterator[click.Parameter]:
 
 def _is_listed(param: click.Parameter, ctx: click.Context) -> bool:
     """Return whether a setting has its line under this command."""
-    section = BY_NAME[str(param.name)].section
-    return ctx.command_path == _LISTED_UNDER.get(section, _HAS_ALL)
+    setting = BY_NAME[str(param.name)]
+    usual = getattr(param, "help", None) == setting_help(setting)
+    return not usual or ctx.command_path == _LISTED_UNDER.get(setting.section, _HAS_ALL)
 
 
 def _is_setting(param: click.Parameter) -> bool:
@@ -195,16 +200,33 @@ def _is_setting(param: click.Parameter) -> bool:
 
 
 def _settings_of(command: Command, ctx: click.Context) -> str:
-    """Return a line about the settings that a command has as options without a line for each."""
-    given = {
-        BY_NAME[str(param.name)].section
+    """Return lines about the settings that a command has as options without a line for each."""
+    given = [
+        BY_NAME[str(param.name)]
         for param in command.params
         if _is_setting(param) and not _is_listed(param, ctx)
-    }
-    if not given:
-        return ""
-    names = ", ".join(f"`{name}`" for name in SECTIONS if name in given)
-    return f"\nAnd the [settings](configuration.md) under {names}.\n"
+    ]
+    own = {param.name for param in command.params}
+    lines, whole = [], []
+    for section in SECTIONS:
+        here = [setting for setting in given if setting.section == section]
+        missing = [
+            each
+            for each in SETTINGS
+            if each.section == section and each.offered and each.name not in own
+        ]
+        if len(missing) > len(here) > 0:
+            lines.append(f"And of the {_LINK} under `{section}`: {_options(here)}.")
+        elif here:
+            less = f" (without {_options(missing)})" if missing else ""
+            whole.append(f"`{section}`{less}")
+    if whole:
+        lines.append(f"And the {_LINK} under {', '.join(whole)}.")
+    return "".join(f"\n{line}\n" for line in lines)
+
+
+def _options(settings: list[Setting]) -> str:
+    return ", ".join(f"`{setting.option}`" for setting in settings if setting.offered)
 
 
 def _row(param: click.Parameter, ctx: click.Context) -> str:

@@ -228,6 +228,7 @@ def test_the_settings_tables_are_up_to_date() -> None:
     assert text == made.with_tables(text), "run: python docs/generate.py"
     for setting in SETTINGS:
         assert (f"| `{setting.name}` |" in text) == setting.offered
+    assert "for requests without one (not with Ollama)" in text, "llama.cpp and vLLM obey top_k"
 
 
 def test_the_reference_is_up_to_date() -> None:
@@ -235,6 +236,21 @@ def test_the_reference_is_up_to_date() -> None:
     text = read(made.REFERENCE)
     assert text == made.reference(), "run: python docs/generate.py"
     assert all(f"`{option}" in text for option in aiflux_options())
+
+
+def test_the_reference_lists_no_setting_that_a_command_lacks() -> None:
+    text = read(ROOT / "docs" / "reference.md")
+    found = 0
+    for ctx in leaves():
+        section = text.partition(f"# {ctx.command_path}\n")[2].partition("\n```sh")[0]
+        whole = re.search(r"^And the \[settings\]\(.*\) under (.*)\.$", section, re.MULTILINE)
+        listed = re.findall(r"`(\w+)`(?: \(without ([^)]*)\))?", whole[1]) if whole else ()
+        for name, without in listed:
+            offered = {each.option for each in SETTINGS if each.section == name and each.offered}
+            lacking = offered - option_names(ctx.command)
+            assert lacking == {*OPTION.findall(without)}, ctx.command_path
+            found += 1
+    assert found > 10
 
 
 def test_the_placeholders_are_up_to_date() -> None:

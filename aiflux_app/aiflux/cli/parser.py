@@ -492,6 +492,7 @@ def settings_options(
     repeatable: Sequence[str] = (),
     rare: Sequence[str] = (),
     without: Collection[str] = (),
+    helps: Mapping[str, str] | None = None,
 ) -> Decorator:
     """Add an option for each setting of the sections; values stay texts, None means not given.
 
@@ -499,6 +500,7 @@ def settings_options(
         repeatable: settings whose option this command accepts several times, as a tuple of values.
         rare: common settings that this command lists with ``--help-all`` only.
         without: settings to leave out.
+        helps: help texts of settings that this command has another default for.
     """
 
     def decorate(function: Function) -> Function:
@@ -506,19 +508,20 @@ def settings_options(
             if setting.section in sections and setting.name not in without:
                 several = setting.repeatable or setting.name in repeatable
                 common = setting.common and setting.name not in rare
-                function = _setting_option(setting, several, common)(function)
+                help = (helps or {}).get(setting.name) or setting_help(setting)
+                function = _setting_option(setting, several, common, help)(function)
         return function
 
     return decorate
 
 
-def _setting_option(setting: Setting, several: bool, common: bool) -> Decorator:
+def _setting_option(setting: Setting, several: bool, common: bool, help: str) -> Decorator:
     more: dict[str, Any] = {
         "panel": TITLES[setting.section],
         "rare": not common,
         "hidden": not setting.offered,
         "default": None,
-        "help": setting_help(setting),
+        "help": help,
     }
     if isinstance(setting.default, bool):
         name = setting.name.replace("_", "-")

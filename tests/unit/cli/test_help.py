@@ -85,6 +85,14 @@ def test_help_all_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--request-timeout" not in run.get_help()
 
 
+def test_the_help_of_serve_shows_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help-all"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Engine to start: llamacpp, vllm (default: by the model)" in printed
+    assert "(default: ollama)" not in printed
+    assert "GPUs for each engine (default: all GPUs of the job)" in printed
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "Prepare:" in capsys.readouterr().out

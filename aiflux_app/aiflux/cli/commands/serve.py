@@ -56,6 +56,11 @@ _WITHOUT = {
     "engine_url", "engine_wait", "engine_ca", "request_timeout", "retry_failed", "model_config",
     "shards", "max_running", "too_long",
 }  # fmt: skip
+# What `serve_options` does if they are not given.
+_HELPS = {
+    "engine": "Engine to start: llamacpp, vllm (default: by the model)",
+    "gpus_per_engine": "GPUs for each engine (default: all GPUs of the job)",
+}
 
 
 @command(
@@ -86,7 +91,7 @@ _WITHOUT = {
 @option("--detach", is_flag=True, help="Do not wait until the engine is ready")
 @option("--no-preflight", is_flag=True, rare=True, help="Skip the checks of Slurm and image")
 @json_option("Print the list, or the new engine, as JSON")
-@settings_options("run", "slurm", "paths", without=_WITHOUT)
+@settings_options("run", "slurm", "paths", without=_WITHOUT, helps=_HELPS)
 def serve(action: str | None, name: str | None, as_json: bool, **more: Any) -> int:
     """Start an engine as a Slurm job, to develop prompts against it.
 

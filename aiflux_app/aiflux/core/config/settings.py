@@ -223,7 +223,7 @@ class RunOptions:
     top_k: int | None = setting(
         parse.integer(0),
         None,
-        "Value of top_k, for requests without one (only with --engine-url)",
+        "Value of top_k, for requests without one (not with Ollama)",
         env="TOP_K",
     )
     stop: tuple[str, ...] = setting(

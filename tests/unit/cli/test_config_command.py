@@ -259,3 +259,24 @@ def test_show_fits_a_terminal_of_80_columns(folder: Path) -> None:
     assert max(map(len, lines)) <= 80
     words = "".join(line[23:52].strip() for line in lines)
     assert environ["AIFLUX_MODELS_DIR"] in words
+
+
+def test_the_limits_of_the_site_are_shown_with_their_origin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "show"]) == 0
+    assert "limits" not in capsys.readouterr().out
+    file = folder.parent / "site.yaml"
+    file.write_text("limits:\n  shards: 50\n  time: 1-00:00:00\n", encoding="utf-8")
+    monkeypatch.setenv("AIFLUX_SITE_CONFIG", str(file))
+    assert main(["config", "show"]) == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    at = next(at for at, line in enumerate(lines) if line[:2] == ["limits", "of"])
+    assert lines[at + 1 : at + 3] == [
+        ["shards", "50", "~/site.yaml, line 2"], ["time", "1-00:00:00", "~/site.yaml, line 3"],
+    ]  # fmt: skip
+    assert main(["config", "show", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["limits"] == {
+        "shards": {"value": 50, "from": f"{file}, line 2"},
+        "time": {"value": "1-00:00:00", "from": f"{file}, line 3"},
+    }

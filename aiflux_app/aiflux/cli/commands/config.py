@@ -26,6 +26,7 @@ from aiflux.worker.console import TerminalConsole
 if TYPE_CHECKING:
     from aiflux.slurm.cluster import Facts
     from aiflux.slurm.config_template import Proposal
+    from aiflux.slurm.limits import SiteLimit
     from aiflux.slurm.preflight.local import Finding
 
 _PIPED = 4096  # columns: lines for other programs are not wrapped
@@ -39,7 +40,10 @@ def config() -> None:
 @config.command("show", examples=["aiflux config show", "aiflux config show --json"])
 @json_option("Print all settings as JSON")
 def show(as_json: bool) -> int:
-    """Show every setting: first those that differ from the defaults, with their origins."""
+    """Show every setting: first those that differ from the defaults, with their origins.
+
+    The limits of the site are shown, too: the most that a run can request.
+    """
     values = Config()
     if as_json:
         print_json(_as_json(values))
@@ -113,6 +117,11 @@ def _table(config: Config) -> Table:
     for section in SECTIONS:
         rest = [each for each in SETTINGS if each.section == section and each not in changed]
         _add_rows(table, f"{section}, defaults:", config, rest)
+    limits = _limits()
+    if limits:
+        table.add_row("limits of the site, for every run:")
+    for name, limit in limits.items():
+        table.add_row(f"  {name}", _shown(limit.value), _short(limit.origin))
     table.add_row("resulting directories:")
     for name, path in _derived(config).items():
         table.add_row(f"  {name}", _short(str(path)))
@@ -156,10 +165,20 @@ def _derived(config: Config) -> dict[str, Path]:
     return {"models": config.models_dir, "images": config.containers_dir}
 
 
+def _limits() -> dict[str, SiteLimit]:
+    """Return the limits of the site; their module is slow to import."""
+    from aiflux.slurm.limits import site_limits
+
+    return site_limits(os.environ)
+
+
 def _as_json(config: Config) -> dict[str, Any]:
     settings = {item.name: _setting_as_json(config, item) for item in SETTINGS}
     return {
         "settings": settings,
+        "limits": {
+            name: {"value": limit.value, "from": limit.origin} for name, limit in _limits().items()
+        },
         "models_dir": str(config.models_dir),
         "containers_dir": str(config.containers_dir),
     }

@@ -41,6 +41,7 @@ from aiflux.image.container import find_image
 from aiflux.slurm.preflight.local import Finding, check_fields, finding_text
 from aiflux.util.files import absolute, short
 from aiflux.util.records import to_json
+from aiflux.util.text import counted
 from aiflux.util.times import pause_after, walltime_seconds
 
 if TYPE_CHECKING:
@@ -367,8 +368,8 @@ def failure_of(one: PlannedPilot, view: RunView, again: str = "--force") -> Aifl
     # There is no such command if an option has to be corrected first.
     resume = f"; continue: aiflux resume {name}" if view.next_command else ""
     return kind(
-        f"the {one.asked.noun} has {view.state.value} with {view.done} of {view.total} requests "
-        "finished" + (f": {reason}" if reason else ""),
+        f"the {one.asked.noun} has {view.state.value} with {view.done} of "
+        f"{counted(view.total, 'request')} finished" + (f": {reason}" if reason else ""),
         f"its log: aiflux logs {name}{resume}; start over: {again}",
     )
 
@@ -427,7 +428,5 @@ def print_repeat(result: str, s: str = "", *, can_wait: bool = True) -> None:
 def print_progress(one: PlannedPilot, view: RunView) -> None:
     """Print the state of a pilot's job."""
     place = f"{one.asked.engine}: " if one.asked.engine else ""
-    jobs, done = ", ".join(view.jobs), f"{view.done} of {view.total}"
-    print(
-        f"{place}the {one.asked.noun} is {view.state.value} (job {jobs}): {done} requests finished"
-    )
+    jobs, done = ", ".join(view.jobs), f"{view.done} of {counted(view.total, 'request')}"
+    print(f"{place}the {one.asked.noun} is {view.state.value} (job {jobs}): {done} finished")

@@ -43,7 +43,7 @@ from aiflux.slurm.monitor import active_jobs
 from aiflux.slurm.preflight.local import check_fields, finding_text
 from aiflux.slurm.script import render_models
 from aiflux.util.files import short, temporary_folder
-from aiflux.util.text import joined
+from aiflux.util.text import counted, joined
 
 if TYPE_CHECKING:
     from aiflux.engines.base import EngineKind
@@ -209,11 +209,12 @@ def submit_planned(planned: PlannedRun, after: Sequence[JobId] = (), then: str =
     left = requests_left(plan, opened.run, opened.open_shards)
     jobs = submit_job(planned, after=after)
     register(opened.plan, jobs)
-    requests = str(left) if left == plan.requests else f"{left} of {plan.requests}"
+    some = "" if left == plan.requests else f"{left} of "
+    requests = f"{some}{counted(plan.requests, 'request')}"
     parts = "" if len(plan.shards) == 1 else f" in {shards} of {len(plan.shards)} shards"
     noun = "job" if len(jobs) == 1 else "jobs"
     output = user_output(plan.output)
-    print(f"submitted {noun} {join_jobs(jobs)}: {requests} requests{parts} -> {output}")
+    print(f"submitted {noun} {join_jobs(jobs)}: {requests}{parts} -> {output}")
     print(f"  run directory: {opened.run.path}")
     name = jobs[0].number
     print(f"  follow: aiflux watch {name}    cancel: aiflux cancel {name}")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
 
+from aiflux.util.text import counted
+
 
 class BadRowError(ValueError):
     """A row that cannot become a request; the message says why."""
@@ -69,7 +71,7 @@ def as_text(value: Any) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"contains {len(value)} bytes of binary data") from None
+            raise ValueError(f"contains {counted(len(value), 'byte')} of binary data") from None
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     plain = as_json(value)

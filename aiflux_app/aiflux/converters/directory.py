@@ -34,6 +34,7 @@ from aiflux.converters.writer import (
 )
 from aiflux.errors import AifluxError, InputError, UsageError
 from aiflux.util.lines import unreadable
+from aiflux.util.text import counted
 
 # Word and Excel create ~$ lock files next to open documents.
 _HIDDEN = (".", "~$")
@@ -155,7 +156,7 @@ def _size(size: int) -> str:
     for unit in ("G", "M", "K"):
         if size >= _UNITS[unit]:
             return f"{size / _UNITS[unit]:.1f}".removesuffix(".0") + unit
-    return f"{size} bytes"
+    return counted(size, "byte")
 
 
 if TYPE_CHECKING:
@@ -343,7 +344,8 @@ def _blank_pages(files: Mapping[str, int]) -> str:
     shown = [f"{name!r} ({pages})" for name, pages in list(files.items())[:_NAMED]]
     named = ", ".join(shown) + (", ..." if len(files) > _NAMED else "")
     pages = sum(files.values())
-    return f"{pages} pages without text, which may be scanned, in {named}: --pdf-pages images"
+    found = counted(pages, "page")
+    return f"{found} without text, which may be scanned, in {named}: --pdf-pages images"
 
 
 def _assumption(encoding: Encoding, files: list[str]) -> str:

@@ -13,6 +13,7 @@ from aiflux.slurm.commands import call, clean_environment, words
 from aiflux.slurm.preflight.cluster import cluster_checks, gpu_partitions
 from aiflux.slurm.preflight.local import collect
 from aiflux.util.diagnosis import Diagnosis, fail, ok, warn
+from aiflux.util.text import counted
 
 _OLDEST = (20, 11)
 _NEEDED = ("sbatch", "squeue", "scancel", "scontrol")
@@ -83,6 +84,14 @@ def _accounting(facts: Facts) -> Iterator[Diagnosis]:
     yield ok("accounting", f"{enforced}; your accounts: {names}; default: {default}")
 
 
+def _resources(slurm: SlurmConfig) -> str:
+    gpus, cpus = slurm.gpus_per_node, slurm.cpus_per_task
+    asked = [counted(int(gpus), "GPU") if gpus.isdecimal() else f"GPUs {gpus}"]
+    if slurm.gres:
+        asked = [f"gres {slurm.gres}"]
+    return ", ".join([*asked, *([] if cpus is None else [counted(cpus, "CPU")])])
+
+
 def _defaults(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
     """Check the job that a run without further options would request."""
     found = collect(cluster_checks(facts, slurm))
@@ -91,7 +100,7 @@ def _defaults(facts: Facts, slurm: SlurmConfig) -> Iterator[Diagnosis]:
         yield warn("your settings", f"a job as configured: {finding.what}", fix)
     if not found:
         asked = (
-            f"{slurm.gpus_per_node} GPU, {slurm.cpus_per_task} CPUs, {slurm.mem}, {slurm.time} "
+            f"{_resources(slurm)}, {slurm.mem}, {slurm.time} "
             f"in partition {slurm.partition or '(default)'}"
         )
         yield ok("your settings", f"a job as configured fits: {asked}")

@@ -33,6 +33,7 @@ from aiflux.engines.gpu_readings import (
 )
 from aiflux.engines.nvml import nvidia_power
 from aiflux.errors import EngineError
+from aiflux.util.text import counted
 
 CUDA, ROCR, HIP = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 DEVICE_VARIABLES = (CUDA, ROCR, HIP)
@@ -161,7 +162,7 @@ def group(devices: tuple[str, ...], per_engine: int) -> tuple[tuple[str, ...], .
         return ((),)
     if per_engine > len(devices):
         raise EngineError(
-            f"--gpus-per-engine {per_engine}, but the job has {len(devices)} GPUs",
+            f"--gpus-per-engine {per_engine}, but the job has {counted(len(devices), 'GPU')}",
             f"request more with --gpus-per-node {per_engine}",
         )
     # CUDA shows a process one slice only.

@@ -23,6 +23,7 @@ from aiflux.estimates.energy import JOULES_PER_KWH, UNKNOWN_RATES, Rates, mean_w
 from aiflux.estimates.pilot import Drawn, Observation, Pilot, pace, start_up
 from aiflux.util.files import write_json
 from aiflux.util.records import OMITTED, from_json, to_json
+from aiflux.util.text import counted
 from aiflux.util.times import unix_seconds, utc_now, walltime_seconds, walltime_text
 
 _Z = 1.959964
@@ -457,8 +458,9 @@ def _warn_of_size(result: Estimate, rows: SampledRows, doubt: _Doubt, option: st
     larger = f"{option} {size}" + (" (all requests)" if size == rows.count else "")
     if doubt.unfilled:
         yield (
-            f"the pilot is too small to fill the engines ({result.in_flight} requests in flight): "
-            f"the full run may have another pace; {larger} is more reliable"
+            "the pilot is too small to fill the engines "
+            f"({counted(result.in_flight, 'request')} in flight): the full run may have another "
+            f"pace; {larger} is more reliable"
         )
     elif work.high > (1 + doubt.above + _WIDE) * work.value:
         yield (
@@ -479,16 +481,18 @@ def _warn_of_results(
     allowed = whole.options.allowed_failures(requests) + whole.left_out
     if failed and (failed >= _MANY_FAILURES * seen or expected > allowed):
         (most, _), *_ = errors.most_common(1)
-        yield f"{failed} of {seen} requests failed, most often with {most}"
+        yield f"{failed} of {counted(seen, 'request')} failed, most often with {most}"
     cut = sum(item.cut for item in observations)
     if cut:
-        yield f"{cut} of {seen} answers reached the token limit (max_tokens or the context)"
+        answers = f"{cut} of {counted(seen, 'answer')}"
+        yield f"{answers} reached the token limit (max_tokens or the context)"
     filtered = sum(item.filtered for item in observations)
     if filtered:
-        yield f"{filtered} of {seen} answers were stopped by a content filter"
+        yield f"a content filter stopped {filtered} of {counted(seen, 'answer')}"
     truncated = sum(item.truncated for item in observations)
     if truncated:
-        yield f"{truncated} of {seen} prompts were truncated; increase --context-length"
+        prompts = f"{truncated} of {counted(seen, 'prompt')}"
+        yield f"the engine truncated {prompts}; increase --context-length"
 
 
 def _warn_of_shards(result: Estimate, time: str | None) -> Iterator[str]:

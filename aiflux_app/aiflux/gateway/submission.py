@@ -30,6 +30,7 @@ from aiflux.gateway.store import BatchFiles, BatchRecord
 from aiflux.slurm.monitor import gather
 from aiflux.util.lease import acquire
 from aiflux.util.lines import read_lines
+from aiflux.util.text import counted
 
 _log = logging.getLogger(__name__)
 _SHOWN_ERRORS = 20
@@ -132,7 +133,9 @@ def _input_errors(source: Path, error: InputError) -> Iterator[BatchError]:
         yield line_error(line, problem)
     rest = error.count - len(error.lines)
     if error.lines and rest > 0:
-        yield BatchError("more_errors", f"{rest} more lines are wrong")
+        yield BatchError(
+            "more_errors", f"{counted(rest, 'more line')} {'is' if rest == 1 else 'are'} wrong"
+        )
 
 
 def _cancel(batch: BatchFiles) -> None:

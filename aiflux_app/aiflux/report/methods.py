@@ -150,9 +150,9 @@ def _tokens(report: Report) -> Iterator[str]:
             "engine."
         )
     elif prompt:
-        yield f"Prompts came to {prompt:,} tokens, as counted by the engine."
+        yield f"Prompts came to {counted(prompt, 'token')}, as counted by the engine."
     elif completion:
-        yield f"Answers came to {completion:,} tokens, as counted by the engine."
+        yield f"Answers came to {counted(completion, 'token')}, as counted by the engine."
 
 
 def _cost(report: Report) -> Iterator[str]:

@@ -28,6 +28,7 @@ from aiflux.engines.server_options import given_options
 from aiflux.errors import ExitCode
 from aiflux.slurm.jobs import JobId, TaskState, dependency, seconds_until
 from aiflux.util.records import to_json
+from aiflux.util.text import counted
 from aiflux.util.times import duration
 
 QUIET_SECONDS = 45.0  # a lease is renewed every 3 s; the rest allows for clock differences
@@ -757,7 +758,7 @@ def ended_early(view: RunView, what: str) -> str:
     """
     how = {RunState.FAILED: "failed", RunState.LOST: "was lost"}.get(view.state, "stopped")
     reasons = dict.fromkeys(shard.reason for shard in view.shards if shard.reason)
-    done = f"{what} {how} with {view.done} of {view.total} requests done"
+    done = f"{what} {how} with {view.done} of {counted(view.total, 'request')} done"
     return ": ".join([done, *list(reasons)[:1]])
 
 

@@ -217,11 +217,11 @@ class EngineSupervisor:
         facts = self.engine.facts
         if self.engine.kind.managed:
             return EngineError(
-                f"engine {self.engine.index} crashed {times} times without a new result",
+                f"engine {self.engine.index} crashed {counted(times, 'time')} without a new result",
                 f"see its log: {facts.log}",
             )
         return EngineError(
-            f"the engine at {facts.url} was down {times} times without a new result",
+            f"the engine at {facts.url} was down {counted(times, 'time')} without a new result",
             "check the server, then run the same command again",
         )
 

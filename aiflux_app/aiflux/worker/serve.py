@@ -189,7 +189,7 @@ class _Service:
         gpus, *idle = group(devices, options.gpus_per_engine)
         if idle:
             self.context.reporter.say(
-                f"{sum(map(len, idle))} of the job's {len(devices)} GPUs are not used "
+                f"not used: {sum(map(len, idle))} of the job's {len(devices)} GPUs "
                 "(--gpus-per-engine)"
             )
         own = self.directory.read_key()

@@ -255,7 +255,9 @@ class _ShardWork:
         self.status.enter("validating")
         sent = completed + failed - left_out
         if sent:
-            context.reporter.say(f"resuming: {sent} of {shard.requests} requests are done already")
+            verb = "is" if sent == 1 else "are"
+            known = f"{sent} of {counted(shard.requests, 'request')} {verb} done already"
+            context.reporter.say(f"resuming: {known}")
 
     def run(self, *, pull: bool = False) -> None:
         try:
@@ -318,7 +320,8 @@ class _ShardWork:
     def _stopped(self) -> StoppedError:
         reason = self.context.stopper.reason or "the job's time is nearly over"
         return StoppedError(
-            f"stopped ({reason}) with {self.stats.done} of {self.shard.requests} requests done",
+            f"stopped ({reason}) with {self.stats.done} of "
+            f"{counted(self.shard.requests, 'request')} done",
             "run the same command again to resume",
         )
 
@@ -346,7 +349,7 @@ class _ShardWork:
             remedy = f"{_BEFORE_THE_RUN}; " if long else ""
             by_user = plan.options.allowed_failures(plan.requests)
             raise TooManyFailuresError(
-                f"{failed - (allowed - by_user)} of {self.plan.requests} requests failed "
+                f"{failed - (allowed - by_user)} of {counted(self.plan.requests, 'request')} failed "
                 f"({by_user} allowed by --max-failures){shown}",
                 f"{remedy}the output has the error of each; to send them again: the same "
                 f"`{own_command(self.plan.output)}` command with --retry-failed",
@@ -368,7 +371,8 @@ class _ShardWork:
             )
         elif self.ledger.requeues >= options.max_requeues:
             self.context.reporter.say(
-                f"the job has already been requeued {self.ledger.requeues} times (--max-requeues)"
+                "the job has already been requeued "
+                f"{counted(self.ledger.requeues, 'time')} (--max-requeues)"
             )
         else:
             self.ledger.requeues += 1
@@ -541,7 +545,9 @@ class _ModelWork:
             return
         if not self.scheduler.stopped:
             left = self.scheduler.in_flight
-            drain = f"{left} requests in flight get {self.plan.options.drain_seconds:g} s"
+            verb = "gets" if left == 1 else "get"
+            seconds = f"{self.plan.options.drain_seconds:g} s"
+            drain = f"{counted(left, 'request')} in flight {verb} {seconds}"
             self.context.reporter.say(f"stopping ({stopper.reason}){f': {drain}' if left else ''}")
             self.scheduler.stop()
         drained = time.monotonic() - stopper.since > self.plan.options.drain_seconds

@@ -34,6 +34,7 @@ from aiflux.core.runs.directory import RunDirectory
 from tests.tools.faulty_engine import FaultyEngine
 from tests.unit.command_line import option_names, parse
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
+from tests.unit.helpers import request_line
 from tests.unit.terminals import on_terminal
 
 AIFLUX = [sys.executable, "-m", "aiflux.cli"]
@@ -902,7 +903,7 @@ def test_a_job_is_submitted_and_the_same_command_finishes(
     write(place / "in.csv", "text\na\n")
     assert main(slurm_words("--no-wait")) == 0
     printed = capsys.readouterr().out
-    assert "submitted job 100: 1 requests -> " in printed
+    assert "submitted job 100: 1 request -> " in printed
     assert "out.csv: run the same command again to wait for it" in printed
     assert main(slurm_words("--no-wait")) == 0
     assert "submitted" not in capsys.readouterr().out
@@ -934,6 +935,35 @@ def test_a_job_is_submitted_and_the_same_command_finishes(
     assert "1 row -> out.csv: 1 answered, 0 failed" in shown
     assert rows_of("out.csv") == [{"text": "a", "answer": "a"}]
     assert len(fakes.calls("sbatch")) == 1
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+def test_one_of_something_is_singular(
+    place: Path, engine: FaultyEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "in.csv", "text\na\n")
+    assert ask(engine) == 0
+    for name, prompt in (("one.jsonl", "echo a"), ("bad.jsonl", "400"), ("a.jsonl", "echo a")):
+        body = {"messages": [{"role": "user", "content": prompt}]}
+        write(place / name, f"{request_line('a', body=body)}\n")
+    embedding = {"body": {"input": "a"}, "url": "/v1/embeddings"}
+    write(place / "v.jsonl", json.dumps({"custom_id": "a", "method": "POST", **embedding}) + "\n")
+    at_engine = ["--engine-url", engine.url, "-m", "m:1", "--max-retries", "0"]
+    for name, code in (("one", 0), ("bad", 3), ("v", 0)):
+        assert main(["check", f"{name}.jsonl", *at_engine[:4]]) == 0
+        assert main(["run", f"{name}.jsonl", *at_engine, "--dry-run"]) == 0
+        assert main(["run", f"{name}.jsonl", *at_engine, "-o", f"{name}.json"]) == code
+        assert main(["run", f"{name}.jsonl", *at_engine, "-o", f"{name}.json"]) == code
+        for command in (["status"], ["results", "show"], ["merge"], ["results", "to-csv"]):
+            assert main([*command, f"{name}.json"]) in (0, code)
+    assert main(["estimate", "a.jsonl", *at_engine]) == 0
+    printed = "".join(capsys.readouterr())
+    nouns = "answers|bytes|embeddings|errors|numbers|prompts|requests|results|rows|slots|tokens"
+    assert re.findall(rf"(?<![\w.,:-])1 (?:{nouns})\b", printed) == []
+    assert "1 of 1 request failed" in printed
+    assert "1 embedding of " in printed
 
 
 # --- a terminal -------------------------------------------------------------------------------

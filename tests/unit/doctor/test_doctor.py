@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,21 @@ def test_slurm_is_described(commands: FakeCommands) -> None:
     assert "partition cpu" not in found
     assert "fits" in found["your settings"][0].what
     assert {line.level for lines in found.values() for line in lines} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        ({"gpus_per_node": "2", "cpus_per_task": 1}, "2 GPUs, 1 CPU, 32G"),
+        ({"gpus_per_node": "a100:1"}, "GPUs a100:1, 4 CPUs, 32G"),
+        ({"gres": "gpu:a100:1"}, "gres gpu:a100:1, 4 CPUs, 32G"),
+    ],
+)
+def test_the_job_as_configured_is_shown(
+    commands: FakeCommands, asked: dict[str, Any], shown: str
+) -> None:
+    found = of_slurm(commands, FakeSite(), SlurmConfig(partition="gpu", **asked).checked())
+    assert shown in found["your settings"][0].what
 
 
 def test_a_default_job_that_does_not_fit_is_a_warning(commands: FakeCommands) -> None:

@@ -255,8 +255,8 @@ class TestEstimate:
         assert result.pilot_failures == 10
         assert "10 of 60 requests failed, most often with http_400: no" in result.warnings
         assert any("5 of 60 answers reached the token limit" in text for text in result.warnings)
-        assert any("5 of 60 answers were stopped by a content" in text for text in result.warnings)
-        assert any("5 of 60 prompts were truncated" in text for text in result.warnings)
+        assert any("a content filter stopped 5 of 60 answers" in text for text in result.warnings)
+        assert any("the engine truncated 5 of 60 prompts" in text for text in result.warnings)
 
     @given(
         work=st.floats(1, 1e7),

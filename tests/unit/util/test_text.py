@@ -198,7 +198,7 @@ def test_the_last_error_of_a_process_is_safe_to_show(tmp_path: Path, engine: Fau
     ask(tmp_path, engine, [request(f"id {HOSTILE}", f"fail:{HOSTILE}", {})])
     done = cli("run", "--engine-url", engine.url, "--input", "in.jsonl", folder=tmp_path)
     assert done.returncode == ExitCode.FAILURES, done.stderr
-    assert b"1 of 1 requests failed" in done.stderr
+    assert b"1 of 1 request failed" in done.stderr
     assert safe(done.stderr.decode("utf-8"))
 
 

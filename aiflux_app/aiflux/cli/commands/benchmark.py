@@ -291,9 +291,10 @@ def _finish(measuring: Measuring, target: Path | None) -> int:
         raise measuring.failures[0]
     figures = [point.figures for point in found.points if point.figures is not None]
     if figures and not any(each.answered for each in figures):
+        failed = sum(each.failed for each in figures)
+        all_ = "the only request" if failed == 1 else f"all {failed} requests"
         raise TooManyFailuresError(
-            f"all {sum(each.failed for each in figures)} requests failed; the most frequent "
-            f"reason: {figures[0].reason}",
+            f"{all_} failed; the most frequent reason: {figures[0].reason}",
             "correct what it names, and measure again: --again",
         )
     return _exit_code(measuring.failures)

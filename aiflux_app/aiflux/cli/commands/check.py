@@ -23,7 +23,7 @@ from aiflux.errors import AifluxError, InputError
 from aiflux.slurm.preflight.local import check_lengths, finding_text
 from aiflux.util.extras import remedy
 from aiflux.util.records import to_json
-from aiflux.util.text import public_url
+from aiflux.util.text import counted, public_url
 
 _OF_LENGTHS = {
     "engine", "engine_url", "engine_ca", "context_length", "max_tokens", "too_long", "models_dir",
@@ -59,13 +59,14 @@ def check(file: str, model: str | None, replace_model: bool, as_json: bool, **se
     summary, plan = _checked(path, config, model, rules)
     endpoints = ", ".join(f"{url} ({count})" for url, count in summary.endpoints.items())
     models = ", ".join(summary.models) or f"{model} (the run's; no request names one)"
-    print(f"{summary.path}: {summary.requests} requests, {summary.size} bytes, no problems")
+    requests, size = counted(summary.requests, "request"), counted(summary.size, "byte")
+    print(f"{summary.path}: {requests}, {size}, no problems")
     print(f"  endpoints: {endpoints}")
     print(f"  models:    {models}")
     if summary.adapted:
         print(f"  note:      {adapted_text(summary.adapted)}")
     print(
-        f"  context:   about {summary.context_tokens} tokens for 99 % of the requests, "
+        f"  context:   about {counted(summary.context_tokens, 'token')} for 99 % of the requests, "
         f"{summary.longest_tokens} for the longest"
     )
     for text, fix in ignored_texts(summary.ignored, kind.title, rules.ignored_fields):

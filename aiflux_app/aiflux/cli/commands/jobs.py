@@ -29,6 +29,7 @@ from aiflux.slurm.commands import cancel_jobs, located
 from aiflux.slurm.jobs import JobId
 from aiflux.slurm.monitor import RunView, active_jobs, gather, gather_all
 from aiflux.util.files import short
+from aiflux.util.text import counted
 from aiflux.util.times import unix_seconds
 
 RECENT_SECONDS = 86400.0
@@ -199,7 +200,9 @@ def _cancel(run: RunDirectory, jobs: Sequence[JobId], process: int | None) -> in
         print(f"cancelled {'job' if len(jobs) == 1 else 'jobs'} {', '.join(map(str, jobs))}")
     if process is not None:
         print(f"process {process} stops: requests in flight get some time to finish")
-    print(f"  kept: {view.done} of {view.total} results, in {short(run.path / 'journal')}")
+    print(
+        f"  kept: {view.done} of {counted(view.total, 'result')}, in {short(run.path / 'journal')}"
+    )
     print(f"  continue it: aiflux resume {name if jobs else f'--local {name}'}")
     return 0
 

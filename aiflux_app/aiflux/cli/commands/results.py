@@ -53,7 +53,7 @@ from aiflux.errors import AifluxError
 from aiflux.slurm.commands import located
 from aiflux.util.files import absolute
 from aiflux.util.streams import STDOUT
-from aiflux.util.text import json_text, terminal_line
+from aiflux.util.text import counted, json_text, terminal_line
 from aiflux.worker.console import TerminalConsole
 
 _SHOWN = 400
@@ -323,11 +323,11 @@ def _prompt(entry: Result) -> str:
 def _answer(entry: Result) -> str:
     sizes = [len(vector) for vector in vectors(entry.output) if isinstance(vector, list)]
     if sizes:
-        return f"{len(sizes)} embedding(s) of {sizes[0]} numbers"
+        return f"{counted(len(sizes), 'embedding')} of {counted(sizes[0], 'number')}"
     scored = [] if entry.error is not None else scores(entry.output)
     if scored:
         shown = ", ".join(f"{each.document}: {each.score:.4g}" for each in scored[:_SHOWN_SCORES])
-        return f"{len(scored)} score(s), {shown}{', ...' * (len(scored) > _SHOWN_SCORES)}"
+        return f"{counted(len(scored), 'score')}, {shown}{', ...' * (len(scored) > _SHOWN_SCORES)}"
     empty = entry.choice.empty
     if empty is None:
         return entry.text

@@ -413,7 +413,8 @@ def _merge_partial(run: RunDirectory, *, as_json: bool) -> int:
         print_json({"output": path, **done, "total": plan.requests})
     else:
         failed = failed_text(counts.failed, counts.left_out)
-        print(f"wrote {counts.total} of {plan.requests} results ({failed}) to {path}")
+        results = counted(plan.requests, "result")
+        print(f"wrote {counts.total} of {results} ({failed}) to {path}")
     return 0
 
 

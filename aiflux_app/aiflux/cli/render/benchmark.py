@@ -22,7 +22,7 @@ from aiflux.estimates.benchmark import (
 )
 from aiflux.report.format import rate, seconds_text
 from aiflux.slurm.config_template import run_settings
-from aiflux.util.text import joined
+from aiflux.util.text import counted, joined
 
 _COLUMNS = (12, 12, 12, 9, 13, 13, 8)
 _TITLES = ("in flight", "requests/s", "answer", "+-", "time per", "slowest", "failed")
@@ -61,7 +61,7 @@ def _letters(count: int) -> list[str]:
 
 def _workload(workload: Workload, points: Sequence[Point], width: int) -> Iterator[str]:
     what = workload.input or f"the mix {workload.mix}"
-    rule = f"{what}, {workload.requests} requests per point, more if many are in flight"
+    rule = f"{what}, {counted(workload.requests, 'request')} per point, more if many are in flight"
     yield from wrapped(rule, width)
     measured = [point.figures for point in points if point.figures is not None]
     if measured:
@@ -153,8 +153,8 @@ def _warnings(found: Benchmark) -> Iterator[str]:
         lost = point.figures
         if point.name == found.recommended and lost is not None and lost.failed:
             yield (
-                f"{lost.failed} of {lost.requests} requests failed at the recommended point: the "
-                "throughput is that of the others"
+                f"{lost.failed} of {counted(lost.requests, 'request')} failed at the recommended "
+                "point: the throughput is that of the others"
             )
     reasons: dict[str, list[str]] = {}
     for point in points:

@@ -57,7 +57,7 @@ def chain_forecast(
     found: ChainEstimate, command: str, rates: Rates = UNKNOWN_RATES, width: int = WIDTH
 ) -> list[Text]:
     """Return the estimate of a chain: each step, then their sum."""
-    lines = [Text(f"pilot: {found.pilot} of {count(found.rows)} rows")]
+    lines = [Text(f"pilot: {found.pilot} of {_of(found.rows, 'row')}")]
     slurm = False
     for step in found.steps:
         lines += [Text(""), Text(f"step {step.name}", style="bold")]
@@ -115,7 +115,7 @@ def engines_forecast(
     """
     first = next(iter(found.values()))
     best = next(iter(found)) if choice is None else choice.best
-    lines = [Text(f"pilot: the same {first.pilot} of {count(first.requests)} requests"), Text("")]
+    lines = [Text(f"pilot: the same {first.pilot} of {_of(first.requests, 'request')}"), Text("")]
     lines += [_row(name, [models[name]]) for name in found]
     lines += [Text(""), _row("", [*found], style="dim")]
     for name, figures, shown in _engine_figures([*found.values()], rates):
@@ -218,6 +218,10 @@ def full_command(
     return shlex.join(["aiflux", command, *option_words(wanted)])
 
 
+def _of(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
 def count(number: float) -> str:
     """Return a count in a short form."""
     if number < 10_000:
@@ -247,7 +251,7 @@ _SHOWN: Mapping[str, Callable[[float], str]] = {
 def _pilot(found: Estimate) -> list[Text]:
     failed = f", {found.pilot_failures} failed" if found.pilot_failures else ""
     return [
-        Text(f"pilot: {found.pilot} of {count(found.requests)} requests finished{failed}"),
+        Text(f"pilot: {found.pilot} of {_of(found.requests, 'request')} finished{failed}"),
         Text(
             f"       {found.in_flight} in flight, {_rate(found.requests_rate.value)} requests/s, "
             f"{_rate(found.tokens_rate.value)} answer tokens/s"

@@ -357,7 +357,8 @@ def snapshots_table(
                  "COMMIT", "HERE")  # fmt: skip
         yield ""
         yield from _table([heads, *rows], width)
-    yield f"\nGPU memory: at least, with {slots} slots of {context} tokens\nhere: {folder}"
+    size = f"{counted(slots, 'slot')} of {context} tokens"
+    yield f"\nGPU memory: at least, with {size}\nhere: {folder}"
 
 
 def _snapshot_row(model: KnownSnapshot, context: int, slots: int) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from aiflux.converters.table import (
 from aiflux.converters.writer import NoRequestsError, Progress, Skipped, Summary
 from aiflux.core.batch.results_file import Result, choice_texts
 from aiflux.errors import InputError, RunConflictError, TooManyFailuresError
+from aiflux.util.text import counted
 
 _Value = TypeVar("_Value")
 
@@ -270,7 +271,9 @@ def _scores(best: Expression, value: Any, count: int) -> list[int | float]:
     """Return the scores that a verdict, a list of them or a number, gives to shown samples."""
     if isinstance(value, list | tuple):
         if len(value) != count:
-            raise ValueError(f"{best.text!r} has {len(value)} scores for {count} samples")
+            raise ValueError(
+                f"{best.text!r} has {counted(len(value), 'score')} for {counted(count, 'sample')}"
+            )
         return [_number(best, each) for each in value]
     named = _number(best, value)
     if isinstance(value, bool) or named not in range(1, count + 1):
@@ -351,7 +354,7 @@ def too_many_filter_failures(
     """Return the error for a filter that failed for more rows than are allowed."""
     cause = reason.removeprefix(f"{step}: the filter has no value: ")
     return TooManyFailuresError(
-        f"step {step}: its filter failed for {failed} of {samples} rows: {cause}",
+        f"step {step}: its filter failed for {failed} of {counted(samples, 'row')}: {cause}",
         f"correct the filter in {chain.path}, or allow failures with max_failures",
     )
 

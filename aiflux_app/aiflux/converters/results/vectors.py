@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from aiflux.converters.results.table import BackTable, Record
 from aiflux.errors import InputError
+from aiflux.util.text import counted
 
 # Version 1.0 of the format: the header's length makes the data begin at a multiple of 64 bytes.
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -43,9 +44,9 @@ def write_npy(file: IO[bytes], table: BackTable, records: Iterator[Record]) -> N
 def _numbers(text: str, size: int, row: int) -> array[float]:
     found: Any = json.loads(text or "null")
     if not isinstance(found, list) or len(found) != size:
-        count = len(found) if isinstance(found, list) else "no"
+        count = counted(len(found), "number") if isinstance(found, list) else "no numbers"
         raise InputError(
-            f"the answer of row {row} has {count} numbers, and the first {size}",
+            f"the answer of row {row} has {count}, and the first {size}",
             "all embeddings must be of one model",
         )
     try:

@@ -45,7 +45,7 @@ from aiflux.util.lines import (
 from aiflux.util.parallel import helpers, share_out
 from aiflux.util.process_limits import require_thread_memory
 from aiflux.util.records import OMITTED
-from aiflux.util.text import joined, ranges
+from aiflux.util.text import counted, joined, ranges
 
 SHOWN_PROBLEMS = 20
 _SHOWN_ADAPTATIONS = 5
@@ -645,7 +645,7 @@ def change_of(planned: InputFacts) -> str | None:
         word = "shorter" if seen.lines < planned.requests else "longer"
         return (
             f"is {word} than when the run was planned: "
-            f"{seen.lines} requests instead of {planned.requests}"
+            f"{counted(seen.lines, 'request')} instead of {planned.requests}"
         )
     if seen.hexdigest() != planned.digest:
         return "was edited or reordered after the run was planned"

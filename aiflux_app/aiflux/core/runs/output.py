@@ -62,6 +62,7 @@ from aiflux.util.files import (
 )
 from aiflux.util.lease import acquire
 from aiflux.util.lines import read_lines
+from aiflux.util.text import counted
 
 Results = Generator[tuple[bytes, RawResult], None, None]
 # Results between two requests to the kernel to start writing.
@@ -194,9 +195,11 @@ def _first_without_result(plan: Plan, run: RunDirectory) -> tuple[int, bytes] | 
 
 def _without_result(plan: Plan, run: RunDirectory, raw: bytes) -> MissingResultsError:
     shards = missing_results(plan, run)
+    left = sum(shards.values())
+    verb = "has" if left == 1 else "have"
     resume = f" (or: aiflux resume {quote(str(plan.output))})" if is_there(run.submissions) else ""
     return MissingResultsError(
-        f"{sum(shards.values())} of {plan.requests} requests have no result in "
+        f"{left} of {counted(plan.requests, 'request')} {verb} no result in "
         f"{run.path / 'journal'}; the first is {custom_id_of(raw)!r}",
         f"run the same `aiflux run` command again: it sends only what is missing{resume}",
         shards,

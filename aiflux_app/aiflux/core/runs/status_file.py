@@ -22,7 +22,7 @@ from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError, UsageError
 from aiflux.util.files import checksum, is_there, write_json
 from aiflux.util.records import KEY, OMITTED, from_json, read_record, to_json
-from aiflux.util.text import whole
+from aiflux.util.text import counted, whole
 
 WRITE_INTERVAL = 1.0
 _FILLED = 2
@@ -789,7 +789,9 @@ def file_change(path: Path, known: WrittenFile | None, most: int | None = None) 
         return "was not made by the run"
     found = path.stat()
     if found.st_size != known.bytes:
-        return f"has {found.st_size:,} bytes instead of the {known.bytes:,} that were written"
+        return (
+            f"has {counted(found.st_size, 'byte')} instead of the {known.bytes:,} that were written"
+        )
     same = found.st_mtime_ns == known.modified or (most is not None and found.st_size > most)
     if same or checksum(path) == known.crc32:
         return None
@@ -855,13 +857,15 @@ def refuse_failures(plan: Plan, failed: int) -> None:
         return
     left_out = min(run_left_out(plan, run), failed)
     again = f"the same `{own_command(plan.output)}` command with --retry-failed"
+    verb = "was" if left_out == 1 else "were"
     if failed - left_out <= plan.options.allowed_failures(plan.requests):
         raise TooManyFailuresError(
-            f"{left_out} of {plan.requests} requests were left out as too long by an earlier "
-            "command, and not with these options",
+            f"{left_out} of {counted(plan.requests, 'request')} {verb} left out as too long by an "
+            "earlier command, and not with these options",
             f"send them: {again}",
         )
-    more = f", and {left_out} were left out as too long" if left_out else ""
+    more = f", and {left_out} {verb} left out as too long" if left_out else ""
     raise TooManyFailuresError(
-        f"{failed - left_out} of {plan.requests} requests failed{more}", f"try them again: {again}"
+        f"{failed - left_out} of {counted(plan.requests, 'request')} failed{more}",
+        f"try them again: {again}",
     )

@@ -17,7 +17,7 @@ from aiflux.engines.served_models import MODELS_PATH, ServedModels
 from aiflux.engines.server_load import get, total_slots
 from aiflux.engines.sizing import in_flight_at
 from aiflux.errors import EngineError, RejectedError
-from aiflux.util.text import public_url
+from aiflux.util.text import counted, public_url
 
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 5.0
@@ -144,7 +144,7 @@ class ExternalEngine:
 
     def describe(self) -> str:
         """Return its address, and its slots if it reports them."""
-        known = "" if self._slots is None else f" with {self._slots} slots"
+        known = "" if self._slots is None else f" with {counted(self._slots, 'slot')}"
         return f"engine at {self.url} is ready{known}"
 
     def _probe(self) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiflux.errors import ModelError
 from aiflux.models.figures import FIXED, FULL, NONE, SLIDING, Architecture, Figures
-from aiflux.util.text import error_text
+from aiflux.util.text import counted, error_text
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100 << 20  # the format's own limit
@@ -47,7 +47,7 @@ def read_header(path: Path) -> dict[str, Any]:
             size = file.seek(0, 2)
             file.seek(0)
             if size < _LENGTH.size:
-                raise ModelError(f"{path} is incomplete: it has {size} bytes", DAMAGED)
+                raise ModelError(f"{path} is incomplete: it has {counted(size, 'byte')}", DAMAGED)
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             if length > _MAX_HEADER:
                 raise ModelError(f"{path} is not a safetensors file", DAMAGED)

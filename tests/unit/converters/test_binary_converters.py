@@ -199,7 +199,7 @@ def test_binary_cells_are_invalid(tmp_path: Path) -> None:
     source = parquet(tmp_path / "in.parquet", {"text": [b"caf\xc3\xa9", b"\xff"]})
     with pytest.raises(InputError, match="1 of 2 rows") as error:
         parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}")
-    assert "row 2: column 'text' contains 1 bytes of binary data" in refused(error)
+    assert "row 2: column 'text' contains 1 byte of binary data" in refused(error)
     parquet_to_jsonl(source, tmp_path / "o.jsonl", template="{text}", skip_bad=True)
     assert prompts(tmp_path / "o.jsonl") == {"row-1": "café"}
 

@@ -136,7 +136,7 @@ def test_an_invalid_template_is_refused_before_any_row(text: str, words: list[st
         ("{{ 1 / (a | length - 1) }}", "division by zero"),
         ("{{ a > 3 }}", "a text becomes a number with | int or | float"),
         ("{{ a.upper }}", "upper is a function: call it with ()"),
-        ("{{ bytes }}", "contains 1 bytes of binary data"),
+        ("{{ bytes }}", "contains 1 byte of binary data"),
         ("x\n{{ a }}\n{{ meta.lable }}", "line 3: the object has no attribute 'lable'"),
         ("{{ lsit }}", "no column or field 'lsit'; did you mean 'list'?"),
     ],

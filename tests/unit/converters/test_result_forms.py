@@ -177,7 +177,7 @@ def test_answers_that_are_no_embeddings(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no embeddings"):
         results_to_npy(output_of(tmp_path, "A"), tmp_path / "b.npy")
     output = embedded(tmp_path, [1.0, 2.0], [3.0])
-    with pytest.raises(InputError, match="the answer of row 2 has 1 numbers, and the first 2"):
+    with pytest.raises(InputError, match="the answer of row 2 has 1 number, and the first 2"):
         results_to_npy(output, tmp_path / "b.npy")
     with pytest.raises(InputError, match="cannot be stored in Parquet"):
         results_to_parquet(output, tmp_path / "b.parquet")

@@ -349,7 +349,8 @@ class _ShardWork:
             remedy = f"{_BEFORE_THE_RUN}; " if long else ""
             by_user = plan.options.allowed_failures(plan.requests)
             raise TooManyFailuresError(
-                f"{failed - (allowed - by_user)} of {counted(self.plan.requests, 'request')} failed "
+                f"{failed - (allowed - by_user)} of "
+                f"{counted(self.plan.requests, 'request')} failed "
                 f"({by_user} allowed by --max-failures){shown}",
                 f"{remedy}the output has the error of each; to send them again: the same "
                 f"`{own_command(self.plan.output)}` command with --retry-failed",

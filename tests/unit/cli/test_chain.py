@@ -70,7 +70,7 @@ def chain(engine: FaultyEngine, *more: str) -> int:
 
 
 def estimate(engine: FaultyEngine, *more: str) -> int:
-    return main(["estimate", *words(engine, *more)[1:]])
+    return main(["estimate", *words(engine, "--concurrency", "4", *more)[1:]])
 
 
 def steps(text: str, source: str = "in.csv", output: str = "out.csv", more: str = "") -> Path:
@@ -1336,10 +1336,6 @@ def test_a_chain_that_stopped_between_two_steps(
 
 
 # --- estimates --------------------------------------------------------------------------------
-
-
-def estimate(engine: FaultyEngine, *more: str) -> int:
-    return main(["estimate", *words(engine, "--concurrency", "4", *more)[1:]])
 
 
 SCORED = """

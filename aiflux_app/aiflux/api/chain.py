@@ -16,12 +16,12 @@ from aiflux.core.runs.status_file import file_change
 from aiflux.engines.kinds import engine_kind
 from aiflux.errors import ConfigError, ExitCode, SlurmError, UsageError
 from aiflux.models.endpoints import ENDPOINTS
-from aiflux.report.build import without_secrets
 from aiflux.slurm.commands import task_states
 from aiflux.slurm.jobs import JobId, read_submissions
 from aiflux.slurm.monitor import gather
 from aiflux.slurm.run_view import ACTIVE, RunState, RunView, outcome
 from aiflux.util.files import absolute
+from aiflux.util.text import without_secrets
 
 NOT_STARTED = "not started"
 NOT_WRITTEN = "not written"

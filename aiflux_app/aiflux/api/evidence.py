@@ -41,7 +41,7 @@ from aiflux.estimates.verification import (
 )
 from aiflux.image.sif import read_image
 from aiflux.image.signing import signature
-from aiflux.report.build import earlier_settings, without_secrets
+from aiflux.report.build import earlier_settings
 from aiflux.slurm.jobs import known_submissions
 from aiflux.util.files import (
     atomic_write,
@@ -55,7 +55,7 @@ from aiflux.util.files import (
     temporary_folder,
 )
 from aiflux.util.records import to_json
-from aiflux.util.text import counted, json_text, public_url
+from aiflux.util.text import counted, json_text, public_url, without_secrets
 from aiflux.util.times import utc_text
 
 FORM = 1

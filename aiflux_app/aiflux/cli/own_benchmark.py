@@ -20,6 +20,7 @@ from aiflux.engines.own_benchmark import BenchmarkLoad, OwnBenchmark
 from aiflux.engines.process import find_program
 from aiflux.errors import EngineError, ModelError, UsageError
 from aiflux.estimates.benchmark import Compared, knees
+from aiflux.util.process_limits import engine_threads
 
 
 def refuse_own(sweep: Sweep) -> None:
@@ -73,6 +74,7 @@ def _compare(config: Config, model: str, figures: PointFigures) -> Compared:
         prompt_tokens=max(1, round(figures.prompt_tokens)),
         answer_tokens=max(1, round(figures.answer_tokens)),
         on_gpus=bool(visible_devices()),
+        threads=engine_threads(os.environ),
     )
     try:
         words = own.words(load)

@@ -6,7 +6,6 @@ engine is one running server. CONTRIBUTING.md shows how to add a kind.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
-from aiflux.util.process_limits import usable_cores, usable_cpus
+from aiflux.util.process_limits import engine_threads, usable_cpus
 from aiflux.util.text import joined
 
 if TYPE_CHECKING:
@@ -257,15 +256,8 @@ class EngineSpec:
 
     @property
     def threads(self) -> int | None:
-        """The number of threads to start, one for each core; None for the engine's own choice.
-
-        Engines choose by the cores of the node. If the job may use only some of them, the threads
-        mostly wait for each other, and the engine is many times slower:
-        https://github.com/ollama/ollama/issues/17916
-        """
-        if self.cpus >= (os.cpu_count() or 1):
-            return None
-        return max(1, min(self.cpus, usable_cores() // self.engines))
+        """The number of threads to start; None for the engine's own choice."""
+        return engine_threads(self.environ, self.engines)
 
 
 class EngineKind(PlanningKind, Protocol):

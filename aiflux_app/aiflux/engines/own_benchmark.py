@@ -17,6 +17,7 @@ class BenchmarkLoad:
         in_flight: sequences at once.
         prompt_tokens, answer_tokens: of each request.
         on_gpus: the tool can use a GPU.
+        threads: of the tool, as of the engine; None for its own choice.
     """
 
     model: str
@@ -27,6 +28,7 @@ class BenchmarkLoad:
     prompt_tokens: int
     answer_tokens: int
     on_gpus: bool = True
+    threads: int | None = None
 
 
 class OwnBenchmark(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +42,7 @@ from aiflux.report.data import (
 )
 from aiflux.report.journal_summary import EngineTally, Tally, throughput
 from aiflux.util.records import to_json
-from aiflux.util.text import counted, joined, public_url
+from aiflux.util.text import counted, joined, public_url, without_secrets
 from aiflux.util.times import utc_text
 
 _RETRY = "aiflux run ... --retry-failed tries them again"
@@ -203,16 +202,6 @@ def _gpu_use(
     return figures("utilization"), memory, samples
 
 
-_SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
-_HIDDEN = "(not shown)"
-# NAME=VALUE in a line of shell, or in the value of an option.
-_SECRET_VALUE = re.compile(
-    r"""(\w*(?:key|token|secret|passw)\w*\s*=\s*)("[^"]*"|'[^']*'|[^\s,;]+)""", re.IGNORECASE
-)
-# An option of a command with its value, such as --api-key VALUE.
-_SECRET_OPTION = re.compile(
-    r"""(--?[\w-]*(?:key|token|secret|passw\w*)\s+)("[^"]*"|'[^']*'|\S+)""", re.IGNORECASE
-)
 _OF_THE_INPUT = ("path", "size", "requests", "digest", "endpoints")
 
 
@@ -279,18 +268,6 @@ def _kind(engine: EngineFacts, title: str) -> str:
         version = f" (version {engine.version})" if engine.version else ""
         return f"{without_secrets(engine.command)}{version}"
     return f"{title} {engine.version}" if engine.version else title
-
-
-def without_secrets(value: Any) -> Any:
-    """Return a setting without the values of keys, tokens and passwords."""
-    if isinstance(value, str):
-        return _SECRET_OPTION.sub(rf"\1{_HIDDEN}", _SECRET_VALUE.sub(rf"\1{_HIDDEN}", value))
-    if isinstance(value, Mapping):
-        return {
-            name: _HIDDEN if _SECRET.search(str(name)) else without_secrets(each)
-            for name, each in value.items()
-        }
-    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _by_model(plan: Plan, whole: Tally) -> list[ModelResults]:

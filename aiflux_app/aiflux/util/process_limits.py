@@ -53,6 +53,22 @@ def usable_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
     return len(set(map(core, os.sched_getaffinity(0))))
 
 
+def engine_threads(environ: Mapping[str, str], engines: int = 1) -> int | None:
+    """Return the threads of an engine, one for each core; None for its own choice.
+
+    Engines choose by the cores of the node. If the job may use only some of them, the threads
+    mostly wait for each other, and the engine is many times slower:
+    https://github.com/ollama/ollama/issues/17916
+
+    Args:
+        engines: those that share the CPUs.
+    """
+    cpus = max(1, usable_cpus(environ) // engines)
+    if cpus >= (os.cpu_count() or 1):
+        return None
+    return max(1, min(cpus, usable_cores() // engines))
+
+
 def start_thread(
     target: Callable[[], None], name: str, spare: int = THREAD_BYTES
 ) -> threading.Thread:

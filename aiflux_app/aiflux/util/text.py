@@ -16,7 +16,7 @@ import difflib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Patterns, because they must also work for invalid URLs.
@@ -224,3 +224,28 @@ def terminal_line(text: str) -> str:
 
 def _spelt(found: re.Match[str]) -> str:
     return ascii(found[0])[1:-1]
+
+
+_SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
+NOT_SHOWN = "(not shown)"
+"""In place of a secret."""
+# NAME=VALUE in a line of shell, or in the value of an option.
+_SECRET_VALUE = re.compile(
+    r"""(\w*(?:key|token|secret|passw)\w*\s*=\s*)("[^"]*"|'[^']*'|[^\s,;]+)""", re.IGNORECASE
+)
+# An option of a command with its value, such as --api-key VALUE.
+_SECRET_OPTION = re.compile(
+    r"""(--?[\w-]*(?:key|token|secret|passw\w*)\s+)("[^"]*"|'[^']*'|\S+)""", re.IGNORECASE
+)
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a setting without the values of keys, tokens and passwords."""
+    if isinstance(value, str):
+        return _SECRET_OPTION.sub(rf"\1{NOT_SHOWN}", _SECRET_VALUE.sub(rf"\1{NOT_SHOWN}", value))
+    if isinstance(value, Mapping):
+        return {
+            name: NOT_SHOWN if _SECRET.search(str(name)) else without_secrets(each)
+            for name, each in value.items()
+        }
+    return [without_secrets(each) for each in value] if isinstance(value, list | tuple) else value

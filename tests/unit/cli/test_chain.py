@@ -1667,6 +1667,14 @@ def test_the_command_that_continues_a_chain_shows_no_key(
     printed = capsys.readouterr().out
     assert "continue it: aiflux chain " in printed
     assert "--api-key (not shown)" in printed
+    with_key = ("--engine-command", f"{COMMAND} --api-key (not shown)")
+    assert main(slurm_words("--no-wait", *with_key)) == 2, "as it was copied"
+    assert "write them in place of '(not shown)'" in capsys.readouterr().err
+    with_key = ("--engine-command", f"{COMMAND} --api-key another-word")
+    assert main(slurm_words("--no-wait", *with_key)) == 2
+    error = capsys.readouterr().err
+    assert "changed since it was begun" in error
+    assert "-word" not in error
 
 
 def job(place: Path, step: str, shard: int = 0, chain: str = "out.csv") -> int:

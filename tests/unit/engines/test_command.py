@@ -21,7 +21,7 @@ from aiflux.core.runs.plan import Plan, make_plan
 from aiflux.engines.base import Engine
 from aiflux.engines.kinds import kind_named
 from aiflux.errors import ConfigError, EngineError, ExitCode, RejectedError, RunConflictError
-from aiflux.report.build import without_secrets
+from aiflux.util.text import without_secrets
 from tests.tools import make_tiny_gguf
 from tests.tools.engine_contract import engine_of, sessions, until
 from tests.unit.helpers import request_line, write_input, write_program

@@ -36,6 +36,9 @@ def test_llama_cpps_tool_decodes_the_sequences_of_the_point(tmp_path: Path) -> N
     assert Path(option(words, "-m")).read_bytes()[:4] == b"GGUF"
     figures = {name: option(words, name) for name in ("-npp", "-ntg", "-npl", "-c")}
     assert figures == {"-npp": "100", "-ntg": "50", "-npl": "8,1", "-c": "1200"}
+    assert "-t" not in words
+    limited = replace(load("m:1", tmp_path), threads=3)
+    assert option(own("llamacpp").words(limited), "-t") == "3"
 
 
 def test_llama_cpps_tool_is_found_next_to_the_server(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from aiflux.core.config.settings import RunOptions
 from aiflux.core.runs.directory import RunDirectory
 from aiflux.core.runs.journal import RawResult, journal_lines, split_line
 from aiflux.core.runs.plan import read_plan
-from aiflux.core.runs.status_file import allowed_failures
+from aiflux.core.runs.status_file import allowed_failures, refuse_failures
 from aiflux.engines.http import Answer
 from aiflux.engines.outcome import judge_answer
 from aiflux.engines.server_context import reported_context
-from aiflux.errors import ExitCode
+from aiflux.errors import ExitCode, TooManyFailuresError
 from aiflux.report.build import advice
 from aiflux.slurm.monitor import gather
 from aiflux.slurm.preflight.local import check_fields, finding_text
@@ -265,6 +265,23 @@ def test_requests_that_were_left_out_stay_so_if_nothing_else_is_left(tmp_path: P
     view = gather(run)
     assert (view.completed, view.failed, view.left_out, outcome(view)) == (2, 0, 2, ExitCode.OK)
     assert working.run() is ExitCode.OK
+
+
+@pytest.mark.parametrize("wanted", ["fail", "send", "chunk"])
+def test_requests_that_were_left_out_are_failures_with_other_options(
+    tmp_path: Path, wanted: str
+) -> None:
+    port = free_port()
+    working = Working(tmp_path, f"http://127.0.0.1:{port}", too_long="skip").prompts(*PROMPTS)
+    working.open()
+    with CountingServer(VLLM, 512, port):
+        assert working.shard(0) is ExitCode.OK
+    refuse_failures(working.open().plan, failed=2)
+    working.options["too_long"] = wanted
+    opened = working.open()
+    assert opened.finished
+    with pytest.raises(TooManyFailuresError, match="2 of 4 requests were left out as too long by"):
+        refuse_failures(opened.plan, failed=2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from rich.text import Text
 from aiflux.api.chain import ChainView, StepView
 from aiflux.cli.render.run import STYLES, Frame, one_line
 from aiflux.util.files import short
-from aiflux.util.text import counted
+from aiflux.util.text import NOT_SHOWN, counted
 
 _HEADER = ("STEP", "STATE", "DONE", "FAILED", "FILTERED", "MODEL")
 
@@ -47,6 +47,8 @@ def chain_lines(view: ChainView, frame: Frame) -> list[Text]:
             line.truncate(frame.width, overflow="ellipsis")
     if view.next_command is not None:  # whole, to be copied
         lines.append(Text(f"  next: {view.next_command}"))
+        if NOT_SHOWN in view.next_command:
+            lines.append(Text(f"  write the key of the server in place of {NOT_SHOWN}"))
     return lines
 
 

@@ -313,17 +313,16 @@ def _row(shard: ShardView) -> list[str]:
 def _note(shard: ShardView) -> str:
     """Return where a shard runs, or why it does not run."""
     parts = []
+    if shard.reason:  # first, as the state is in front of it
+        parts.append(one_line(shard.reason).removeprefix(f"{shard.state.value} "))
+    if shard.exit_code and "exit code" not in shard.reason:
+        parts.append(f"exit code {shard.exit_code}")
     if shard.host and shard.state in _GOING:
         parts.append(f"on {shard.host}")
     if shard.restarts:
         parts.append(_times(shard.restarts, "restart"))
     if shard.left_out:
         parts.append(f"{shard.left_out} left out (too long)")
-    if shard.reason:
-        # The table shows the state in front of it.
-        parts.append(one_line(shard.reason).removeprefix(f"{shard.state.value} "))
-    if shard.exit_code and "exit code" not in shard.reason:
-        parts.append(f"exit code {shard.exit_code}")
     return ", ".join(parts)
 
 

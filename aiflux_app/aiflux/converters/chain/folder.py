@@ -59,7 +59,7 @@ from aiflux.util.files import (
 )
 from aiflux.util.lease import Lease, acquire
 from aiflux.util.records import read_record, to_json
-from aiflux.util.text import counted
+from aiflux.util.text import counted, without_secrets
 
 CHAIN_RECORD = "chain.json"
 _DISCARDED = ".discarded"
@@ -737,9 +737,12 @@ def _choice_change(before: StepRecord, now: StepRecord) -> str | None:
 def changed_text(name: str, old: Any, new: Any) -> str:
     """Return how a setting or an option changed, in words."""
     key = "samples" if name == "n" else name
-    return f"{key} was {_shown(old)}, and is now {_shown(new)}"
+    before, after = _shown(old), _shown(new)
+    if before == after:
+        return f"{key} was another one, which differs where it is not shown or cut: {after}"
+    return f"{key} was {before}, and is now {after}"
 
 
 def _shown(value: Any) -> str:
-    text = "not given" if value is None else repr(value)
+    text = "not given" if value is None else repr(without_secrets(value))
     return text if len(text) <= 60 else f"{text[:57]}..."

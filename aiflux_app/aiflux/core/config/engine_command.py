@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from aiflux.util.text import suggestion
+from aiflux.util.text import NOT_SHOWN, suggestion
 from aiflux.util.value_parsers import text
 
 PLACEHOLDERS = {
@@ -60,6 +60,8 @@ def engine_command(value: Any) -> str:
         raise ValueError(f"a command whose quotes are closed ({error})") from None
     if not words or not words[0]:
         raise ValueError("a command")
+    if NOT_SHOWN in command:
+        raise ValueError(f"a command with its keys: write them in place of {NOT_SHOWN!r}")
     if "/" in words[0] and not words[0].startswith("/"):
         raise ValueError(
             "a command whose program is on the job's PATH or has an absolute path; "

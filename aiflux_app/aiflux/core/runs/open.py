@@ -77,6 +77,7 @@ from aiflux.util.files import (
 )
 from aiflux.util.lease import acquire, refuse_living
 from aiflux.util.lines import read_lines
+from aiflux.util.text import without_secrets
 from aiflux.util.times import utc_now
 
 _LEAST_CONTEXT = 256
@@ -579,7 +580,11 @@ def _show(plan: Plan) -> str:
     ]
     models = ", ".join([*plan.served_names, *given, else_])
     command = plan.options.engine_command
-    engine = plan.options.engine if command is None else f"{plan.options.engine} ({command})"
+    engine = (
+        plan.options.engine
+        if command is None
+        else f"{plan.options.engine} ({without_secrets(command)})"
+    )
     return f"engine {engine}, model {models}"
 
 

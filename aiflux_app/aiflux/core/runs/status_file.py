@@ -16,7 +16,7 @@ from shlex import quote
 from typing import Any
 
 from aiflux.core.batch.results_file import errors_path, output_paths
-from aiflux.core.config.settings import settings_texts
+from aiflux.core.config.settings import SKIP, settings_texts
 from aiflux.core.runs.directory import RunDirectory, own_command, user_output
 from aiflux.core.runs.plan import Plan
 from aiflux.errors import OutputExistsError, TooManyFailuresError, UsageError
@@ -842,8 +842,12 @@ def allowed_failures(plan: Plan, run: RunDirectory) -> int:
 
 
 def left_out_by_workers(plan: Plan, details: Iterable[StatusDetails]) -> int:
-    """Return the number of requests that workers left out; 0 if the plan decides on them."""
-    return sum(each.left_out for each in details) if plan.lengths_at_start else 0
+    """Return the number of requests that workers left out as the options of a plan want it.
+
+    They want it only with --too-long skip; and a plan that knows the context decides on them.
+    """
+    wanted = plan.lengths_at_start and plan.options.too_long == SKIP
+    return sum(each.left_out for each in details) if wanted else 0
 
 
 def refuse_failures(plan: Plan, failed: int) -> None:

@@ -38,7 +38,9 @@ class BatchedBench:
         """
         files = find_files(load.models_dir, load.model)
         context = load.in_flight * (load.prompt_tokens + load.answer_tokens)
+        threads = [] if load.threads is None else ["-t", str(load.threads)]
         return [
+            *threads,
             "-m", str(files.model), "-c", str(context), "-ngl", _ALL_LAYERS,
             "-npp", str(load.prompt_tokens), "-ntg", str(load.answer_tokens),
             # The tool can lose the last line that it prints (seen with 0.7.0), so another, quick

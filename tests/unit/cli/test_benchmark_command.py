@@ -26,7 +26,7 @@ from tests.unit.cli.test_estimate_command import do_the_pilot, fail_the_pilot
 from tests.unit.fake_commands import FakeCommands, waiting_slurm
 from tests.unit.helpers import request_line, write_input, write_program
 from tests.unit.made_models import put_model
-from tests.unit.made_serves import MadeServe
+from tests.unit.made_serves import MadeServe, until
 
 TOOLS = Path(__file__).parents[2] / "tools"
 FOLDER = Path("classify.benchmark")
@@ -460,7 +460,8 @@ def test_a_signal_during_the_tool_ends_it_and_keeps_the_points(
     printed, errors = process.communicate(timeout=30)
     assert process.returncode == 5, errors
     assert "a: llamacpp  m:1" in printed
-    assert not Path(f"/proc/{(programs / 'pid').read_text().strip()}").exists()
+    tool = Path(f"/proc/{(programs / 'pid').read_text().strip()}")
+    until(lambda: not tool.exists())  # it was killed just before
     assert not json.loads((FOLDER / "benchmark.json").read_text())["complete"]
 
 

@@ -22,6 +22,9 @@ from aiflux.errors import EngineError, ModelError, UsageError
 from aiflux.estimates.benchmark import Compared, knees
 from aiflux.util.process_limits import engine_threads
 
+# llama-batched-bench prints in a thread, and loses lines at its end: with a quick model, all.
+_ATTEMPTS = 3
+
 
 def refuse_own(sweep: Sweep) -> None:
     """Refuse ``--against`` where the engines' tools cannot run.
@@ -108,22 +111,25 @@ def _run(own: OwnBenchmark, command: list[str]) -> Compared:
     shown = shlex.join(command)
     # The tool may be written in Python and have its own path.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except OSError as error:
-        return Compared(own.tool, shown, error=os.strerror(error.errno or 0))
-    found = own.tokens_per_second(done.stdout) if done.returncode == 0 else None
-    if found is not None:
-        return Compared(own.tool, shown, found)
+    for _ in range(_ATTEMPTS):
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except OSError as error:
+            return Compared(own.tool, shown, error=os.strerror(error.errno or 0))
+        if done.returncode:
+            break
+        found = own.tokens_per_second(done.stdout)
+        if found is not None:
+            return Compared(own.tool, shown, found)
     last = next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "")
     ended = f"it ended with exit code {done.returncode}"
     return Compared(own.tool, shown, error=f"{ended}: {last}" if last else ended)

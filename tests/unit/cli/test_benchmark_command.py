@@ -421,6 +421,14 @@ def bench(programs: Path, text: str) -> None:
     write_program(programs / "llama-batched-bench", f"#!/bin/bash\n{text}\n")
 
 
+def test_a_tool_that_lost_what_it_printed_is_asked_again(programs: Path) -> None:
+    line = json.dumps({"pp": 3, "tg": 10, "pl": 2, "t": 0.5})
+    again = f"{programs}/again"
+    bench(programs, f"if [ -e {again} ]; then echo '{line}'; else touch {again}; fi")
+    lines = benchmark(*HERE, "--engine", "llamacpp", "--slots", "2", "--against").stdout
+    assert ", 40 by llama-batched-bench" in lines
+
+
 def test_the_engines_own_tool_is_shown_beside_the_same_point(programs: Path) -> None:
     line = json.dumps({"n_kv_max": 9, "pp": 3, "tg": 10, "pl": 2, "t_pp": 0.1, "t": 0.5})
     bench(programs, f"printf '%s\\n' \"$@\" >{programs}/words; echo loading; echo '{line}'")

@@ -12,7 +12,7 @@ from aiflux.engines.base import EngineKind, EngineSpec, HttpFactory
 from aiflux.engines.gpus import device_settings
 from aiflux.engines.managed import ManagedEngine
 from aiflux.engines.ollama.api import Loaded, Ollama, ollama_environment
-from aiflux.engines.ollama.store import read_manifest, refuse_other_digest
+from aiflux.engines.ollama.store import refuse_other_digest
 from aiflux.engines.ollama.threads import store_with_threads
 from aiflux.errors import EngineError, RejectedError
 from aiflux.models.endpoints import newer_version
@@ -61,6 +61,7 @@ class OllamaEngine(ManagedEngine):
     def __init__(self, kind: EngineKind, spec: EngineSpec, make_client: HttpFactory) -> None:
         super().__init__(kind, spec, make_client)
         self._truncations = TruncationLog(spec.log)
+        self._viewed: str | None = None  # digest of the model that a view was made from
 
     def start(self) -> None:
         """Start the server, load the model and check its placement.
@@ -107,8 +108,9 @@ class OllamaEngine(ManagedEngine):
         threads = self.spec.threads
         if threads is None:
             return _models_link(self.spec.home, self._models_dir)
-        name = parse_model_name(self.spec.model)
-        return store_with_threads(self._models_dir, name, threads, self.spec.home / "store")
+        view, name = self.spec.home / "store", parse_model_name(self.spec.model)
+        self._viewed = store_with_threads(self._models_dir, name, threads, view)
+        return view
 
     def _refuse_older(self, version: str) -> None:
         """Refuse a version without an endpoint of the run: it answers each request with 404.
@@ -139,12 +141,13 @@ class OllamaEngine(ManagedEngine):
 
     def _load(self, ollama: Ollama) -> Loaded:
         model = self._served
-        if model.lower() not in map(str.lower, ollama.tags()):  # its names ignore case
+        listed = _digest(ollama.tags(), model)
+        if listed is None:
             raise EngineError(
                 f"Ollama does not list {model} in {self._models_dir}",
                 f"pull it: aiflux models pull {model}",
             )
-        digest = read_manifest(self._models_dir, parse_model_name(model)).digest
+        digest = self._viewed or listed
         insisted = parse_model_name(self.spec.model).digest
         name = replace(parse_model_name(model), digest=insisted)
         refuse_other_digest(name, digest, str(self._models_dir))
@@ -194,3 +197,8 @@ def _models_link(home: Path, models_dir: Path) -> Path:
     if not link.is_symlink():
         link.symlink_to(models_dir)
     return link
+
+
+def _digest(tags: dict[str, str], model: str) -> str | None:
+    """Return a model's digest; Ollama's names are not case-sensitive."""
+    return next((digest for name, digest in tags.items() if name.lower() == model.lower()), None)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
@@ -52,10 +52,12 @@ class Manifest:
     Attributes:
         digest: the model's digest: 64 hexadecimal digits, computed from the manifest file.
         layers: the configuration comes first.
+        raw: the file.
     """
 
     digest: str
     layers: tuple[Layer, ...]
+    raw: bytes = field(repr=False)
 
     @property
     def blobs(self) -> dict[str, int]:
@@ -87,7 +89,7 @@ def parse_manifest(raw: bytes) -> Manifest:
             raise ValueError(f"{layer.digest!r} is not a digest")
         if type(layer.size) is not int or not 0 <= layer.size < 1 << 60:
             raise ValueError(f"{layer.size!r} is not a size")
-    return Manifest(hashlib.sha256(raw).hexdigest(), layers)
+    return Manifest(hashlib.sha256(raw).hexdigest(), layers, raw)
 
 
 def read_manifest(models_dir: Path, name: ModelName) -> Manifest:

@@ -24,7 +24,7 @@ from aiflux.models.catalog import Catalog
 from aiflux.models.endpoints import USES
 from aiflux.models.figures import Figures
 from aiflux.models.name import accepts_model, same_model
-from aiflux.util.process_limits import engine_threads, usable_cpus
+from aiflux.util.process_limits import engine_cpus, engine_threads
 from aiflux.util.text import joined
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ class EngineSpec:
     @property
     def cpus(self) -> int:
         """The engine's share of the CPUs that the job may use."""
-        return max(1, usable_cpus(self.environ) // self.engines)
+        return engine_cpus(self.environ, self.engines)
 
     @property
     def threads(self) -> int | None:

@@ -17,7 +17,7 @@ from aiflux.core.runs.status_file import (
     EngineFacts,
     StatusDetails,
     StatusFile,
-    left_out_by_workers,
+    allowed_besides,
     whole_seal,
 )
 from aiflux.engines.kinds import engine_kind
@@ -482,14 +482,13 @@ def _counts(sources: ReportSources, whole: Tally) -> RequestCounts:
     completed = sum(status.counts.completed for status in statuses)
     without_answer = sum(status.counts.failed for status in statuses)
     left_out = min(sum(status.details.left_out for status in statuses), without_answer)
-    by_plan = plan.allowed_failures + left_out_by_workers(plan, all_details(sources))
     return RequestCounts(
         total=plan.requests,
         completed=completed,
         failed=without_answer - left_out,
         left_out=left_out,
         left=max(0, plan.requests - completed - without_answer),
-        allowed_failures=max(by_plan - left_out, plan.options.allowed_failures(plan.requests)),
+        allowed_failures=allowed_besides(plan, all_details(sources), left_out),
         recorded=whole.results,
         superseded=whole.superseded,
         cut_at_limit=whole.cut,

@@ -19,8 +19,8 @@ from aiflux.core.runs.status_file import (
     StatusDetails,
     StatusFile,
     Tuning,
+    allowed_besides,
     failed_text,
-    left_out_by_workers,
     seal_of,
 )
 from aiflux.engines.kinds import engine_kind
@@ -467,10 +467,6 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
     shards = tuple(_shard(each, tasks, facts.plan.left_out) for each in facts.shards)
     state = _state(facts, shards, now)
     completed, failed, left_out = _counts(facts, shards)
-    # Of a start by an earlier version, only the plan has the number.
-    by_plan = facts.plan.allowed_failures + left_out_by_workers(
-        facts.plan, (each.details for each in facts.shards)
-    )
     return RunView(
         run_dir=facts.run.path,
         output=facts.plan.output,
@@ -487,8 +483,8 @@ def assemble(facts: RunFacts, tasks: Tasks | None, now: float, slurm: str | None
         completed=completed,
         failed=failed,
         left_out=left_out,
-        allowed_failures=max(
-            by_plan - left_out, facts.plan.options.allowed_failures(facts.plan.requests)
+        allowed_failures=allowed_besides(
+            facts.plan, (each.details for each in facts.shards), left_out
         ),
         requests_per_second=round(sum(shard.requests_per_second for shard in shards), 3),
         tokens_per_second=round(sum(shard.tokens_per_second for shard in shards), 3),

@@ -53,6 +53,11 @@ def usable_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
     return len(set(map(core, os.sched_getaffinity(0))))
 
 
+def engine_cpus(environ: Mapping[str, str], engines: int) -> int:
+    """Return an engine's share of the CPUs that a job may use."""
+    return max(1, usable_cpus(environ) // engines)
+
+
 def engine_threads(environ: Mapping[str, str], engines: int = 1) -> int | None:
     """Return the threads of an engine, one for each core; None for its own choice.
 
@@ -63,7 +68,7 @@ def engine_threads(environ: Mapping[str, str], engines: int = 1) -> int | None:
     Args:
         engines: those that share the CPUs.
     """
-    cpus = max(1, usable_cpus(environ) // engines)
+    cpus = engine_cpus(environ, engines)
     if cpus >= (os.cpu_count() or 1):
         return None
     return max(1, min(cpus, usable_cores() // engines))

@@ -836,9 +836,20 @@ def run_left_out(plan: Plan, run: RunDirectory) -> int:
 def allowed_failures(plan: Plan, run: RunDirectory) -> int:
     """Return how many requests may fail, with those that a plan or a worker left out."""
     known = (read_status(run, each.index, plan) for each in plan.shards)
-    return plan.allowed_failures + left_out_by_workers(
-        plan, (each.details for each in known if each)
-    )
+    return _allowed(plan, (each.details for each in known if each))
+
+
+def allowed_besides(plan: Plan, details: Iterable[StatusDetails], left_out: int) -> int:
+    """Return how many requests may fail in addition to those that were left out.
+
+    Of a start by an earlier version, only the plan has the number of the latter.
+    """
+    by_user = plan.options.allowed_failures(plan.requests)
+    return max(_allowed(plan, details) - left_out, by_user)
+
+
+def _allowed(plan: Plan, details: Iterable[StatusDetails]) -> int:
+    return plan.allowed_failures + left_out_by_workers(plan, details)
 
 
 def left_out_by_workers(plan: Plan, details: Iterable[StatusDetails]) -> int:
